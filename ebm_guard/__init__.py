@@ -1,0 +1,67 @@
+"""Make a trained classifier trustworthy: energy, calibration, OOD scores, and a gate.
+
+>>> import ebm_guard
+>>> guard = ebm_guard.wrap(model)                      # doctest: +SKIP
+>>> guard.fit(validation_loader)                       # doctest: +SKIP
+>>> decision = guard(images)                           # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ebm_guard.gate import ACCEPT, INVALID, REJECT, Decision, Guard, wrap
+    from ebm_guard.model import EnergyClassifier, Preprocessing
+    from ebm_guard.predictions import Predictions, predict
+    from ebm_guard.report import Report, build_report
+
+# Names load on first use (PEP 562): `import ebm_guard` imports neither torch nor matplotlib.
+_HOMES = {
+    "ACCEPT": "ebm_guard.gate",
+    "INVALID": "ebm_guard.gate",
+    "REJECT": "ebm_guard.gate",
+    "Decision": "ebm_guard.gate",
+    "Guard": "ebm_guard.gate",
+    "wrap": "ebm_guard.gate",
+    "EnergyClassifier": "ebm_guard.model",
+    "Preprocessing": "ebm_guard.model",
+    "Predictions": "ebm_guard.predictions",
+    "predict": "ebm_guard.predictions",
+    "Report": "ebm_guard.report",
+    "build_report": "ebm_guard.report",
+}
+
+__all__ = [
+    "ACCEPT",
+    "INVALID",
+    "REJECT",
+    "Decision",
+    "EnergyClassifier",
+    "Guard",
+    "Predictions",
+    "Preprocessing",
+    "Report",
+    "build_report",
+    "predict",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ebm-guard")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ebm_guard' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted([*__all__, "__version__"])

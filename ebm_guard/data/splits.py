@@ -1,0 +1,125 @@
+"""Roles of data sets, folds for cross-fitting, disjointness, and matching of class names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebm_guard.errors import DataError, InvalidInputError
+
+ROLES = ("fit", "calibration", "evaluation", "train", "validation", "ood", "outliers")
+# Public test sets hold a few exact duplicates; more than that is the same data twice.
+_DUPLICATES_ALLOWED = 0.01
+
+
+def two_folds(
+    n: int, labels: NDArray[np.int64] | None = None, seed: int = 0
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Split rows in two halves, stratified by label where labels are given.
+
+    Args:
+        n: rows, >= 2.
+        labels: (n,), or None.
+        seed: of the split's own generator.
+
+    Returns:
+        Two sorted, disjoint index arrays that cover all rows; sizes differ by at most 1 overall.
+
+    Example:
+        >>> first, second = two_folds(5)
+        >>> len(first), len(second)
+        (3, 2)
+    """
+    if n < 2:
+        raise InvalidInputError(f"got {n} rows; two folds need at least 2")
+    order = np.random.default_rng(seed).permutation(n)
+    if labels is not None:
+        # A stable sort of a random order, dealt out in turn, balances every class to within 1.
+        order = order[np.argsort(labels[order], kind="stable")]
+    return np.sort(order[0::2]), np.sort(order[1::2])
+
+
+def check_disjoint(
+    first: NDArray[np.uint64], second: NDArray[np.uint64], what: tuple[str, str]
+) -> str | None:
+    """Compare row hashes of two sets that must not share rows.
+
+    Args:
+        first: (N,) row hashes.
+        second: (M,) row hashes.
+        what: names of the two sets, for the message.
+
+    Returns:
+        None, or a warning when a few exact duplicates (at most 1 % of the smaller set) are shared.
+
+    Raises:
+        DataError: more than that is shared.
+
+    Example:
+        >>> one = np.array([1, 2], dtype=np.uint64)
+        >>> check_disjoint(one, one + np.uint64(5), ("a", "b")) is None
+        True
+    """
+    shared = len(np.intersect1d(first, second))
+    if shared == 0:
+        return None
+    if shared > _DUPLICATES_ALLOWED * min(len(first), len(second)):
+        raise DataError(
+            f"{what[0]} and {what[1]} share {shared} rows; a figure measured on rows that "
+            "something was fitted on is too good. Give disjoint data, for example slices of one "
+            "file: npz:FILE[:5000] and npz:FILE[5000:]"
+        )
+    return f"{what[0]} and {what[1]} share {shared} identical rows"
+
+
+def match_classes(
+    data: Sequence[str] | None, model: Sequence[str] | None, num_classes: int
+) -> tuple[NDArray[np.int64] | None, str]:
+    """Find how the data's labels map to the model's classes.
+
+    Args:
+        data: class names of the data in label order, or None.
+        model: class names of the model in logit order, or None.
+        num_classes: number of logits.
+
+    Returns:
+        Mapping from data label to class (None where they are the same), and a sentence that says
+        what was compared.
+
+    Raises:
+        DataError: more classes in the data than logits, or names that fit only in part.
+
+    Example:
+        >>> match_classes(["dog", "cat"], ["cat", "dog"], 2)[0]
+        array([1, 0])
+    """
+    if data is not None and len(data) > num_classes:
+        raise DataError(
+            f"got data with {len(data)} classes and a model with {num_classes}; needed the same "
+            "classes. Select some with npz:FILE?classes=..., or take the right model"
+        )
+    if data is None or model is None:
+        side = "the data" if data is None else "the model"
+        count = "" if data is None else f"; the count was compared: {len(data)} of {num_classes}"
+        return None, f"{side} has no class names, labels are taken as class numbers{count}"
+    place = {_key(name): number for number, name in enumerate(model)}
+    found = [place.get(_key(name)) for name in data]
+    known = [number for number in found if number is not None]
+    if not known:
+        return None, "the names of data and model share nothing, labels are taken by their order"
+    if len(known) < len(found):
+        missing = [name for name, number in zip(data, found, strict=True) if number is None]
+        raise DataError(
+            f"got classes {', '.join(map(repr, missing[:5]))} in the data, which the model does "
+            f"not name; it names {', '.join(map(repr, list(model)[:5]))}, ..."
+        )
+    mapping = np.array(known, dtype=np.int64)
+    if np.array_equal(mapping, np.arange(len(mapping))):
+        return None, f"{len(mapping)} class names of data and model agree, in order"
+    return mapping, f"{len(mapping)} class names agree; labels were re-ordered by name"
+
+
+def _key(name: str) -> str:
+    return name.strip().lower().replace("_", " ")

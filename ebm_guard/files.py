@@ -1,0 +1,114 @@
+"""Write files and folders whole or not at all."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ebm_guard.errors import DataError
+
+
+@contextmanager
+def replace_file(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``, and move it there when the block succeeds.
+
+    Args:
+        path: the file to write; its folder is made.
+
+    Raises:
+        DataError: the folder is missing, full or read-only; nothing is left behind.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with replace_file(target) as new:
+        ...     _ = new.write_text("whole")
+        >>> target.read_text()
+        'whole'
+    """
+    path = Path(path)
+    new: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not tempfile: it makes private files, and a result is as readable as any other file.
+        new = _beside(path)
+        new.touch(exist_ok=False)
+        yield new
+        new.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        if new is not None:
+            new.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
+    """Give a temporary folder beside ``folder``, and swap it in when the block succeeds.
+
+    Args:
+        folder: the folder to write; an old result is replaced, anything else is refused.
+        marker: file name that tells an old result from a folder of something else.
+
+    Raises:
+        DataError: the place cannot be written, or holds something else; nothing is left behind.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "out"
+        >>> with replace_folder(target, marker="done.txt") as new:
+        ...     _ = (new / "done.txt").write_text("")
+        >>> target.is_dir()
+        True
+    """
+    folder = Path(folder)
+    if folder.exists() and not _replaceable(folder, marker):
+        raise DataError(
+            f"{folder} exists and holds other files; nothing was written. Choose a new folder"
+        )
+    new: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = _beside(folder)
+        new.mkdir()
+        yield new
+        _swap(new, folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """Return the error for a place that cannot be written."""
+    reason = error.strerror or str(error)
+    return DataError(
+        f"cannot write {path}: {reason}; nothing was written. Needed a writable folder with free "
+        "space: choose another --output"
+    )
+
+
+def _replaceable(folder: Path, marker: str) -> bool:
+    return folder.is_dir() and ((folder / marker).exists() or not any(folder.iterdir()))
+
+
+def _swap(new: Path, folder: Path) -> None:
+    if not folder.exists():
+        new.replace(folder)
+        return
+    old = _beside(folder)
+    folder.replace(old)
+    try:
+        new.replace(folder)
+    except OSError:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(6)}"

@@ -1,0 +1,102 @@
+"""What a guard says about each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+REJECT, ACCEPT, INVALID = 0, 1, 2
+STATUS_NAMES = {REJECT: "REJECT", ACCEPT: "ACCEPT", INVALID: "INVALID"}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One row per input; tensors lie on the model's device.
+
+    Args:
+        status: (B,) int8: ``ACCEPT``, ``REJECT``, or ``INVALID`` for a row with a NaN or infinite
+            logit, feature or score.
+        label: (B,) int64, the predicted class; -1 where INVALID.
+        confidence: (B,), probability of that class after calibration; 0 where INVALID.
+        energy: (B,), E(x) at temperature 1, higher = more OOD; as computed, also where INVALID.
+        score: (B,) float64, the gate's score, higher = more OOD; as computed.
+        p_value: (B,) float64, marginal conformal p-value of the score; 0 where INVALID. It does
+            not decide ``accept``.
+        logits: (B, C), bit-identical to the model's own.
+        cut: the threshold, for the reasons.
+        score_name: the gate's score, for the reasons.
+    """
+
+    status: Tensor
+    label: Tensor
+    confidence: Tensor
+    energy: Tensor
+    score: Tensor
+    p_value: Tensor
+    logits: Tensor = field(repr=False)
+    cut: float = 0.0
+    score_name: str = "energy"
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.status)
+
+    @property
+    def accept(self) -> Tensor:
+        """(B,) bool: status is ACCEPT."""
+        return self.status == ACCEPT
+
+    @cached_property
+    def reason(self) -> tuple[str, ...]:
+        """One sentence per row, '' where accepted."""
+        return tuple(
+            self._reason(status, score)
+            for status, score in zip(self.status.tolist(), self.score.tolist(), strict=True)
+        )
+
+    def _reason(self, status: int, score: float) -> str:
+        if status == ACCEPT:
+            return ""
+        if status == INVALID:
+            return "non-finite logits, features or score"
+        return f"{self.score_name} {score:.6g} is above the threshold {self.cut:.6g}"
+
+    def rows(self, ids: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Return one JSON-ready dict per row; non-finite numbers become None.
+
+        Args:
+            ids: one name per row.
+        """
+        columns = {
+            name: getattr(self, name).tolist()
+            for name in ("label", "confidence", "energy", "score", "p_value", "accept")
+        }
+        result = []
+        for index, status in enumerate(self.status.tolist()):
+            row: dict[str, Any] = {"id": ids[index]} if ids is not None else {}
+            row["status"] = STATUS_NAMES[status]
+            row |= {name: _json_number(values[index]) for name, values in columns.items()}
+            row["reason"] = self.reason[index]
+            result.append(row)
+        return result
+
+    @staticmethod
+    def concatenate(parts: Sequence[Decision]) -> Decision:
+        """Join the decisions of several batches of one guard."""
+        tensors = {
+            item.name: torch.cat([getattr(part, item.name) for part in parts])
+            for item in fields(Decision)
+            if isinstance(getattr(parts[0], item.name), Tensor)
+        }
+        return Decision(**tensors, cut=parts[0].cut, score_name=parts[0].score_name)
+
+
+def _json_number(value: Any) -> Any:
+    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+        return None
+    return value

@@ -1,0 +1,247 @@
+"""The table of methods: what exists, from which paper, and where its code lives.
+
+It imports no torch, so that ``ebm-guard list`` and every ``--help`` stay instant. Command-line
+choices, report columns and documentation tables render from it. Adding a method means its code
+and one row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Any
+
+from ebm_guard.errors import InvalidInputError, suggest
+
+FAMILIES = ("score", "calibrator", "threshold", "calibration_metric", "ood_metric")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One registered method.
+
+    Args:
+        name: the word used in code, command line, JSON and docs.
+        family: one of ``FAMILIES``.
+        target: ``module:attribute`` of its code.
+        paper: authors, title or venue, year.
+        equation: the formula, with the project's symbols.
+        needs: what it must be given, such as ``logits`` or ``features``.
+        differs: how ours departs from the paper or from common code, or ''.
+        default: whether it is used when nothing is asked for.
+    """
+
+    name: str
+    family: str
+    target: str
+    paper: str
+    equation: str
+    needs: tuple[str, ...]
+    differs: str = ""
+    default: bool = False
+
+    def load(self) -> Any:
+        """Import and return the code of this method."""
+        module, _, attribute = self.target.partition(":")
+        return getattr(import_module(module), attribute)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain JSON types."""
+        return asdict(self) | {"needs": list(self.needs)}
+
+
+_SCORES = "ebm_guard.ood.logit_scores"
+_CAL = "ebm_guard.calibration.metrics"
+_OOD = "ebm_guard.ood.metrics"
+
+_METHODS = (
+    Method(
+        "energy",
+        "score",
+        f"{_SCORES}:Energy",
+        "Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020",
+        "E(x) = -T logsumexp(f(x)/T)",
+        ("logits",),
+        "the paper scores with -E; here the score is E itself, higher = more OOD",
+        default=True,
+    ),
+    Method(
+        "msp",
+        "score",
+        f"{_SCORES}:MSP",
+        "Hendrycks and Gimpel, A Baseline for Detecting Misclassified and OOD Examples, ICLR 2017",
+        "s(x) = logsumexp_{k != y} f_k - f_y with y = argmax f",
+        ("logits",),
+        "log-odds of the maximum softmax probability: the same order, without the ties at 1.0",
+    ),
+    Method(
+        "maxlogit",
+        "score",
+        f"{_SCORES}:MaxLogit",
+        "Hendrycks et al., Scaling OOD Detection for Real-World Settings, ICML 2022",
+        "s(x) = -max_k f_k",
+        ("logits",),
+    ),
+    Method(
+        "gen",
+        "score",
+        f"{_SCORES}:GEN",
+        "Liu et al., GEN: Pushing the Limits of Softmax-Based OOD Detection, CVPR 2023, eq. 2",
+        "s(x) = log sum_{k in top M} p_k^g (1 - p_k)^g, g = 0.1, M = 100",
+        ("logits",),
+        "computed and stored as a logarithm: clamped probabilities tie on confident networks",
+    ),
+    Method(
+        "temperature",
+        "calibrator",
+        "ebm_guard.calibration.calibrators:TemperatureScaling",
+        "Guo et al., On Calibration of Modern Neural Networks, ICML 2017, section 4.2",
+        "p(y|x) = softmax(f(x)/T), T = argmin NLL",
+        ("logits", "labels"),
+        "root of the gradient by Newton in log T, with status, bounds and a standard error",
+        default=True,
+    ),
+    Method(
+        "pac",
+        "threshold",
+        "ebm_guard.gate.thresholds:pac_rank",
+        "Vovk, Conditional Validity of Inductive Conformal Predictors, ACML 2012, prop. 2a",
+        "smallest k with P(Beta(k, n+1-k) >= 1-a) >= assurance; cut at the k-th smallest score",
+        ("calibration scores",),
+        default=True,
+    ),
+    Method(
+        "marginal",
+        "threshold",
+        "ebm_guard.gate.thresholds:marginal_rank",
+        "Vovk, Gammerman and Shafer, Algorithmic Learning in a Random World, 2005",
+        "k = ceil((n+1)(1-a)); cut at the k-th smallest score",
+        ("calibration scores",),
+        "the promise holds on average over calibration sets, not for the one at hand",
+    ),
+    Method(
+        "accuracy",
+        "calibration_metric",
+        f"{_CAL}:accuracy",
+        "-",
+        "mean 1[argmax f = y]; Wilson interval",
+        ("logits", "labels"),
+        "ties in the argmax go to the first class, as in numpy and torch",
+    ),
+    Method(
+        "nll",
+        "calibration_metric",
+        f"{_CAL}:nll",
+        "-",
+        "mean -log p(y|x)",
+        ("logits", "labels"),
+    ),
+    Method(
+        "brier",
+        "calibration_metric",
+        f"{_CAL}:brier",
+        "Brier, Verification of Forecasts Expressed in Terms of Probability, 1950",
+        "mean sum_k (p_k - 1[y = k])^2, in [0, 2]",
+        ("logits", "labels"),
+        "the multiclass sum of the paper, not its half",
+    ),
+    Method(
+        "ece",
+        "calibration_metric",
+        f"{_CAL}:ece",
+        "Naeini et al., AAAI 2015; Guo et al., ICML 2017, eq. 3",
+        "sum_b n_b/n |acc_b - conf_b|, 15 equal-width bins (lo, hi] of the top-label confidence",
+        ("logits", "labels"),
+        "confidence 1.0 is in the last bin and 0.0 in the first (torchmetrics 1.9 adds a bin)",
+    ),
+    Method(
+        "overconfidence",
+        "calibration_metric",
+        f"{_CAL}:overconfidence",
+        "-",
+        "mean confidence - accuracy; positive = overconfident",
+        ("logits", "labels"),
+    ),
+    Method(
+        "auroc",
+        "ood_metric",
+        f"{_OOD}:auroc",
+        "Mann-Whitney; interval: DeLong et al., Biometrics 1988",
+        "P(s_ood > s_id) + P(s_ood = s_id)/2",
+        ("ID scores", "OOD scores"),
+        "the interval is DeLong's on the logit scale, so that it stays inside (0, 1)",
+    ),
+    Method(
+        "aupr_in",
+        "ood_metric",
+        f"{_OOD}:aupr_in",
+        "Davis and Goadrich, ICML 2006 (average precision)",
+        "average precision with ID positive; with its base rate and at 1:1",
+        ("ID scores", "OOD scores"),
+    ),
+    Method(
+        "aupr_out",
+        "ood_metric",
+        f"{_OOD}:aupr_out",
+        "Davis and Goadrich, ICML 2006 (average precision)",
+        "average precision with OOD positive; with its base rate and at 1:1",
+        ("ID scores", "OOD scores"),
+    ),
+    Method(
+        "fpr95",
+        "ood_metric",
+        f"{_OOD}:fpr95",
+        "Liang et al., ODIN, ICLR 2018; Liu et al. (energy), NeurIPS 2020",
+        "share of OOD accepted at the smallest cut that accepts 95 % of ID",
+        ("ID scores", "OOD scores"),
+        "ID is the positive class, as in the energy paper; first cut >= 95 %, ties counted",
+    ),
+    Method(
+        "fpr95_ood_positive",
+        "ood_metric",
+        f"{_OOD}:fpr95_ood_positive",
+        "Zhang et al., OpenOOD v1.5, 2023",
+        "share of ID refused at the largest cut that catches 95 % of OOD",
+        ("ID scores", "OOD scores"),
+        "OOD is the positive class, as in OpenOOD v1.5 and pytorch-ood",
+    ),
+)
+
+
+def methods(family: str | None = None) -> tuple[Method, ...]:
+    """Return the registered methods, all or of one family, in their documented order.
+
+    Raises:
+        InvalidInputError: the family is not one of ``FAMILIES``.
+
+    Example:
+        >>> [method.name for method in methods("score")]
+        ['energy', 'msp', 'maxlogit', 'gen']
+    """
+    if family is None:
+        return _METHODS
+    if family not in FAMILIES:
+        raise InvalidInputError(
+            f"got family {family!r}; known families are {', '.join(FAMILIES)}"
+            f"{suggest(family, FAMILIES)}"
+        )
+    return tuple(method for method in _METHODS if method.family == family)
+
+
+def get(family: str, name: str) -> Method:
+    """Return one method.
+
+    Raises:
+        InvalidInputError: no such family or name; near names are suggested.
+
+    Example:
+        >>> get("score", "energy").needs
+        ('logits',)
+    """
+    rows = {method.name: method for method in methods(family)}
+    if name not in rows:
+        raise InvalidInputError(
+            f"got {family} {name!r}; known are {', '.join(rows)}{suggest(name, rows)}; "
+            "`ebm-guard list` shows them all"
+        )
+    return rows[name]
