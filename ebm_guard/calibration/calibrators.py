@@ -42,6 +42,12 @@ class Calibrator(KeepDouble):
         """Return the calibrated probability (B,) of the predicted class."""
         return self.log_probabilities(logits).amax(dim=-1).exp()
 
+    @torch.no_grad()
+    def transform(self, logits: Array) -> Array:
+        """Map a block of logits (B, C) to calibrated log-probabilities in float64."""
+        values = torch.from_numpy(np.asarray(logits, dtype=np.float64))
+        return np.asarray(self.log_probabilities(values).numpy())
+
     def settings(self) -> dict[str, Any]:
         """Return the settings that, with the tensors, rebuild the calibrator."""
         raise NotImplementedError

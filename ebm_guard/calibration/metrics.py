@@ -6,6 +6,7 @@ from any probabilities. Rows must be finite; callers count and remove invalid ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,7 +108,11 @@ class CalibrationMetrics:
 
 
 def row_statistics(
-    logits: Array, labels: NDArray[np.int64], temperature: float = 1.0
+    logits: Array,
+    labels: NDArray[np.int64],
+    temperature: float = 1.0,
+    *,
+    transform: Callable[[Array], Array] | None = None,
 ) -> RowStatistics:
     """Compute the row statistics of p = softmax(f/T), in float64 and in chunks.
 
@@ -115,6 +120,8 @@ def row_statistics(
         logits: (N, C), finite.
         labels: (N,) in 0..C-1.
         temperature: T > 0.
+        transform: maps a block of logits (B, C) to (log-)probability scores (B, C) first, as a
+            calibrator's ``transform`` does.
 
     Raises:
         InvalidInputError: non-finite logits, or shapes that do not match.
@@ -130,7 +137,11 @@ def row_statistics(
         )
     step = max(1, _CHUNK // logits.shape[1])
     parts = [
-        _chunk_statistics(logits[at : at + step], labels[at : at + step], temperature)
+        _chunk_statistics(
+            logits[at : at + step] if transform is None else transform(logits[at : at + step]),
+            labels[at : at + step],
+            temperature,
+        )
         for at in range(0, len(logits), step)
     ]
     return RowStatistics.concatenate(parts)
@@ -236,6 +247,38 @@ def ece(rows: RowStatistics, *, n_bins: int = N_BINS, draws: int = DRAWS, seed: 
     )
     low, high = basic_interval(value, resampled, low=0.0, high=1.0)
     return Metric(value, low, high, n, f"reflected bootstrap, {draws} draws")
+
+
+def perfect_ece(
+    rows: RowStatistics, *, n_bins: int = N_BINS, draws: int = 200, seed: int = 0
+) -> tuple[float, float]:
+    """Simulate the ECE of a perfectly calibrated model with these confidences.
+
+    Args:
+        rows: row statistics; only the confidences are used.
+        n_bins: equal-width bins.
+        draws: simulations of correct ~ Bernoulli(confidence).
+        seed: of the simulation's own generator.
+
+    Returns:
+        Mean and 95 % quantile of the simulated ECE.
+
+    References:
+        Bröcker and Smith, Increasing the Reliability of Reliability Diagrams, 2007 (consistency
+        resampling).
+
+    Example:
+        >>> rows = row_statistics(np.zeros((50, 2)), np.zeros(50, dtype=np.int64))
+        >>> perfect_ece(rows)[0] > 0
+        True
+    """
+    generator = np.random.default_rng(seed)
+    where = bin_index(rows.confidence, n_bins)
+    simulated = []
+    for _ in range(draws):
+        gaps = rows.confidence - (generator.random(len(rows)) < rows.confidence)
+        simulated.append(np.abs(np.bincount(where, gaps, minlength=n_bins)).sum() / len(rows))
+    return float(np.mean(simulated)), float(np.quantile(simulated, 0.95))
 
 
 def reliability_curve(rows: RowStatistics, n_bins: int = N_BINS) -> ReliabilityCurve:

@@ -18,6 +18,8 @@ from ebm_guard.errors import DataError, InvalidInputError, suggest
 __all__ = ["ImageSource", "Spec", "open_source", "parse_spec"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+# What a bare `demo:` means for each option.
+_DEMO_ROLES = {"fit": "train", "validation": "calibration", "ood": "far_ood"}
 Array = NDArray[Any]
 
 
@@ -295,6 +297,6 @@ def _selected(
 def _open_demo(spec: Spec, role: str) -> ImageSource:
     from ebm_guard.data.demo import load_demo
 
-    demo = load_demo(spec.path or role)
+    demo = load_demo(spec.path or _DEMO_ROLES.get(role, role))
     rows = np.arange(len(demo.images), dtype=np.int64)
     return ArraySource(spec.text, demo.images, rows, demo.labels, demo.classes)

@@ -62,7 +62,7 @@ def write_artifact(
     Raises:
         DataError: the place cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = canonical(manifest)
@@ -70,14 +70,10 @@ def write_artifact(
     path = Path(path)
     if path.is_dir():
         raise DataError(f"cannot write {path}: it is a folder; give a file name")
+    # Bytes, not save_file: that makes files which only their owner may read.
+    content = save(plain, metadata=metadata)
     with replace_file(path) as new:
-        try:
-            save_file(plain, new, metadata=metadata)
-        except Exception as error:
-            # safetensors wraps the operating system's errors in its own type.
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise OSError(str(error)) from None
+        new.write_bytes(content)
 
 
 def read_artifact(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

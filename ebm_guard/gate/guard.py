@@ -110,7 +110,7 @@ class Guard(KeepDouble):
         false_reject_rate: float = 0.05,
         assurance: float = 0.95,
         threshold: str = "pac",
-        canary: bool = True,
+        canary: bool | Tensor = True,
         progress: bool = False,
     ) -> Guard:
         """Fit the temperature and the threshold on held-out ID rows.
@@ -126,7 +126,8 @@ class Guard(KeepDouble):
             false_reject_rate: target for the share of ID refused.
             assurance: probability that the target is met (PAC).
             threshold: ``pac`` or ``marginal``.
-            canary: keep 8 inputs with their logits in the artefact, to catch a changed model.
+            canary: keep 8 inputs with their logits in the artefact, to catch a changed model; a
+                tensor gives these inputs (for ``Predictions``, which hold none), False keeps none.
             progress: show a progress bar.
 
         Returns:
@@ -149,7 +150,8 @@ class Guard(KeepDouble):
         cut = Threshold.fit(chosen.of(predictions), threshold, false_reject_rate, assurance)
         calibrator = _fit_calibrator(predictions)
         self.score, self.threshold, self.calibrator = chosen, cut, calibrator
-        self.canary = self._make_canary(kept) if canary and kept else None
+        inputs = canary if isinstance(canary, Tensor) else torch.cat(kept) if kept else None
+        self.canary = None if canary is False or inputs is None else self._make_canary(inputs)
         self.facts = {
             "n": len(predictions),
             "num_classes": predictions.num_classes,
@@ -331,9 +333,9 @@ class Guard(KeepDouble):
             )
         return self.classifier
 
-    def _make_canary(self, kept: list[Tensor]) -> Canary:
+    def _make_canary(self, inputs: Tensor) -> Canary:
         classifier = self._require_classifier()
-        inputs = torch.cat(kept)[:CANARY_ROWS].detach().cpu().clone()
+        inputs = inputs[:CANARY_ROWS].detach().cpu().clone()
         with torch.no_grad():
             logits = classifier(inputs)
         return Canary(inputs, logits.cpu(), logits.device.type)

@@ -85,6 +85,18 @@ class EnergyClassifier:
         return str(architecture or getattr(self.model, "__name__", type(self.model).__name__))
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Class names in logit order (timm's label names, Hugging Face's id2label), or None."""
+        names = pretrained_cfg(self.model).get("label_names")
+        if names is None:
+            table = getattr(getattr(self.model, "config", None), "id2label", None) or {}
+            names = [str(table[key]) for key in sorted(table, key=int)]
+        # Hugging Face fills in LABEL_0, LABEL_1, ... where nobody gave names.
+        if not names or all(str(name).startswith("LABEL_") for name in names):
+            return None
+        return tuple(map(str, names))
+
+    @property
     def device(self) -> torch.device | None:
         """Device of the model's first parameter or buffer, or None for a plain callable."""
         if not isinstance(self.model, nn.Module):

@@ -59,7 +59,7 @@ class Score(KeepDouble):
                 "probabilities. Store the logits, or use msp or gen"
             )
         parts = [
-            self.score(torch.from_numpy(np.ascontiguousarray(part))).double().numpy()
+            self.score(torch.from_numpy(np.array(part))).double().numpy()
             for part in chunks(predictions.logits)
         ]
         return np.concatenate(parts)

@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebm_guard.errors import InvalidInputError
-from ebm_guard.intervals import LEVEL, Array, Metric, PrecisionMetric, normal_quantile
+from ebm_guard.intervals import (
+    LEVEL,
+    Array,
+    Metric,
+    PrecisionMetric,
+    normal_quantile,
+    wilson,
+)
 
 DRAWS = 500
 _TARGET = 0.95
@@ -194,6 +201,11 @@ def ood_metrics(
     tail = (1 - LEVEL) / 2
     lows, highs = np.quantile(resampled, [tail, 1 - tail], axis=1)
     lows, highs = np.minimum(lows, found[:4]), np.maximum(highs, found[:4])
+    # Resamples of a share of 0 or 1 hardly vary; Wilson's end is the honest one there.
+    for index, rows in ((2, n_ood), (3, n_id)):
+        if found[index] in (0.0, 1.0):
+            low, high = wilson(round(float(found[index]) * rows), rows)
+            lows[index], highs[index] = min(lows[index], low), max(highs[index], high)
     n, method = n_id + n_ood, f"percentile bootstrap, {draws} stratified draws"
     share = n_ood / n
 

@@ -1,0 +1,25 @@
+"""``ebm-guard info``: what is inside a saved guard."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from ebm_guard.cli.options import json_option
+
+
+@click.command("info")
+@click.argument("guard_path", metavar="GUARD")
+@json_option
+def command(guard_path: str, as_json: bool) -> None:
+    """Verify a saved guard and say what it was fitted on and what it promises."""
+    from ebm_guard.gate.artifact import read_artifact
+    from ebm_guard.gate.storage import describe_manifest
+
+    _, manifest = read_artifact(guard_path)
+    if as_json:
+        click.echo(json.dumps(manifest, indent=1, allow_nan=False))
+        return
+    for word, sentence in describe_manifest(manifest):
+        click.echo(f"{word:>12}  {sentence}")

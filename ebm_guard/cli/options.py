@@ -1,0 +1,169 @@
+"""Options that several commands share, in timm's words. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import click
+
+from ebm_guard.registry import methods
+
+Command = Callable[..., Any]
+SPEC_HELP = (
+    "[folder:]PATH, list:FILE, npz:FILE[#split][SLICE][?classes=0-7], logits:FILE, "
+    "predictions:DIR, or demo:[ROLE]"
+)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the command line says about the model and how to run it."""
+
+    model: str | None
+    checkpoint: str | None
+    pretrained: bool
+    num_classes: int | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    img_size: int | None
+    batch_size: int
+    workers: int
+    device: str | None
+    amp: bool
+    channels_last: bool
+    seed: int
+    strict: bool
+    limit: int | None
+    quiet: bool
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Comma-separated numbers."""
+
+    name = "NUMBERS"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Parse ``0.5,0.5,0.5``."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"got {value!r}; needed numbers such as 0.485,0.456,0.406", param, ctx)
+
+
+_MODEL_OPTIONS = (
+    click.option(
+        "-m",
+        "--model",
+        metavar="NAME|MODULE:FACTORY",
+        help="timm name, module:factory or file.py:factory; not needed with demo:, logits:, "
+        "predictions:.",
+    ),
+    click.option(
+        "--checkpoint",
+        metavar="FILE",
+        help="Weights: .safetensors, or a torch file (read with weights_only=True).",
+    ),
+    click.option("--pretrained", is_flag=True, help="Let timm load its published weights."),
+    click.option("--num-classes", type=int, help="Classes of a timm model."),
+    click.option(
+        "--mean",
+        type=Numbers(),
+        help="Per channel, in [0, 1] units; default: the model's pretrained_cfg.",
+    ),
+    click.option("--std", type=Numbers(), help="Per channel, in [0, 1] units."),
+    click.option(
+        "--img-size", type=int, help="Input side in pixels; default: the model's pretrained_cfg."
+    ),
+    click.option("-b", "--batch-size", type=click.IntRange(min=1), default=256, show_default=True),
+    click.option(
+        "-j",
+        "--workers",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        help="Processes that decode images; 0 decodes in this one.",
+    ),
+    click.option(
+        "--device", help="Where the model runs, such as cpu or cuda; default: where it is."
+    ),
+    click.option(
+        "--amp", is_flag=True, help="Run the model under autocast; scores stay in float32."
+    ),
+    click.option("--channels-last", is_flag=True, help="Use the channels_last memory layout."),
+    click.option(
+        "--seed", type=int, default=0, show_default=True, help="Of folds, bootstraps and --limit."
+    ),
+    click.option(
+        "--strict", is_flag=True, help="Fail on the first unreadable image instead of skipping it."
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(min=2),
+        help="Use N random rows of each image set; the report says so.",
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
+)
+_GATE_OPTIONS = (
+    click.option(
+        "--score",
+        type=click.Choice([row.name for row in methods("score")]),
+        default="energy",
+        show_default=True,
+        help="The gate's score.",
+    ),
+    click.option(
+        "--threshold",
+        type=click.Choice([row.name for row in methods("threshold")]),
+        default="pac",
+        show_default=True,
+        help="How the cut is chosen.",
+    ),
+    click.option(
+        "--false-reject-rate",
+        type=float,
+        default=0.05,
+        show_default=True,
+        help="Target for the share of familiar inputs refused.",
+    ),
+    click.option(
+        "--assurance",
+        type=float,
+        default=0.95,
+        show_default=True,
+        help="Probability that the target is met (pac).",
+    ),
+)
+
+
+def model_options(command: Command) -> Command:
+    """Add the options of :class:`ModelOptions`; the command gets them as ``options``."""
+
+    def wrapped(**values: Any) -> Any:
+        own = {item.name: values.pop(item.name) for item in fields(ModelOptions)}
+        return command(options=ModelOptions(**own), **values)
+
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    return _with(wrapped, _MODEL_OPTIONS)
+
+
+def gate_options(command: Command) -> Command:
+    """Add score, threshold, false reject rate and assurance."""
+    return _with(command, _GATE_OPTIONS)
+
+
+def json_option(command: Command) -> Command:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
+
+
+def _with(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,275 @@
+"""What the commands share: make the model once, turn specs into predictions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TextIO
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from ebm_guard.cli.options import ModelOptions
+from ebm_guard.data import ImageSource, Spec, batches, match_classes, open_source, parse_spec
+from ebm_guard.data.specs import STORED_KINDS
+from ebm_guard.errors import (
+    ArtifactError,
+    EbmGuardError,
+    EbmGuardWarning,
+    InvalidInputError,
+    ModelOutputError,
+)
+from ebm_guard.gate import Guard
+from ebm_guard.model import EnergyClassifier, Preprocessing
+from ebm_guard.model.loading import load_model
+from ebm_guard.predictions import Predictions, predict, stored_predictions
+
+_PROBE_ROWS = 8
+
+
+class Session:
+    """The model and the data of one command.
+
+    Args:
+        options: the model options of the command line.
+        specs: all data specs of the command, which tell whether a model is needed.
+        guard_path: an artefact to load, or None.
+    """
+
+    def __init__(
+        self, options: ModelOptions, specs: list[str], guard_path: str | None = None
+    ) -> None:
+        self.options = options
+        self.sources: dict[str, ImageSource] = {}
+        self._rows: dict[str, dict[str, int]] = {}
+        parsed = [parse_spec(text) for text in specs]
+        needs_model = any(spec.kind not in STORED_KINDS for spec in parsed)
+        model = self._model(parsed) if needs_model or options.model else None
+        self.guard: Guard | None = None
+        if guard_path is not None:
+            self.guard = Guard.load(guard_path, model)
+            self.classifier = self.guard.classifier
+            self._check_overrides()
+        elif model is not None:
+            self.classifier = EnergyClassifier(model, preprocessing=self._preprocessing(model))
+        else:
+            self.classifier = None
+
+    def predictions(
+        self, text: str, role: str, name: str, *, features: bool = False
+    ) -> Predictions:
+        """Return the predictions of a spec, from the model or as stored.
+
+        Args:
+            text: the data spec.
+            role: data role, which decides the rows of ``demo:``.
+            name: what the set is called.
+            features: also keep features.
+        """
+        spec = parse_spec(text)
+        if spec.kind in STORED_KINDS:
+            part = stored_predictions(spec)
+            kept = replace(part, labels=None) if role == "ood" else part
+            return replace(kept, source=text)
+        source = self.open(spec, role, name)
+        classifier = self.require_classifier()
+        with model_errors(text):
+            part = predict(
+                classifier,
+                self.batches(source),
+                features=features,
+                total=len(source),
+                progress=not self.options.quiet,
+                amp=self.options.amp,
+                source=text,
+            )
+        return self._described(part, source, role)
+
+    def open(self, spec: Spec, role: str, name: str) -> ImageSource:
+        """Open an image source, cut to ``--limit`` rows, and remember it for the gallery."""
+        source = open_source(spec, role)
+        limit = self.options.limit
+        if limit is not None and limit < len(source):
+            generator = np.random.default_rng(self.options.seed)
+            rows = np.sort(generator.choice(len(source), limit, replace=False))
+            source = source.subset(rows)
+        self.sources[name] = source
+        return source
+
+    def batches(self, source: ImageSource) -> Iterator[Any]:
+        """Yield the batches of a source; the first one also finds the head."""
+        classifier = self.require_classifier()
+        preprocessing = classifier.preprocessing
+        if preprocessing is None:
+            raise InvalidInputError(
+                "this model has no pretrained_cfg, so its preprocessing is not known: give --mean "
+                "and --std (--mean 0,0,0 --std 1,1,1 for a model that takes [0, 1] pixels)"
+            )
+        for batch in batches(
+            source,
+            preprocessing,
+            batch_size=self.options.batch_size,
+            workers=self.options.workers,
+            strict=self.options.strict,
+        ):
+            if classifier.head is None and len(batch.inputs) > 1:
+                classifier.probe_head(batch.inputs[:_PROBE_ROWS])
+            yield batch
+
+    def picture(self, name: str, row_id: str) -> Image.Image | None:
+        """Return the image of a row, or None for stored predictions."""
+        source = self.sources.get(name)
+        if source is None:
+            return None
+        rows = self._rows.setdefault(name, {key: row for row, key in enumerate(source.ids)})
+        return source.load(rows[row_id])
+
+    def require_classifier(self) -> EnergyClassifier:
+        """Return the model.
+
+        Raises:
+            InvalidInputError: none was given.
+        """
+        if self.classifier is None:
+            raise InvalidInputError(
+                "no --model was given; images need one (a timm name, module:factory or "
+                "file.py:factory). Only demo:, logits: and predictions: do without"
+            )
+        return self.classifier
+
+    def _model(self, specs: list[Spec]) -> nn.Module:
+        options = self.options
+        if options.model is None:
+            if all(spec.kind in ("demo", *STORED_KINDS) for spec in specs):
+                from ebm_guard.data.demo import demo_classifier
+
+                return demo_classifier()
+            self.classifier = None
+            self.require_classifier()
+        model = load_model(
+            options.model or "",
+            checkpoint=options.checkpoint,
+            pretrained=options.pretrained,
+            num_classes=options.num_classes,
+        )
+        if options.device is not None:
+            model = model.to(_device(options.device))
+        return model.to(memory_format=torch.channels_last) if options.channels_last else model
+
+    def _preprocessing(self, model: nn.Module) -> Preprocessing | None:
+        base, overrides = Preprocessing.from_model(model), self._overrides()
+        if not overrides:
+            return base
+        if base is not None:
+            return replace(base, **overrides, source="the command line and the pretrained_cfg")
+        if "mean" not in overrides or "std" not in overrides:
+            return None
+        return Preprocessing(**overrides, source="the command line")
+
+    def _overrides(self) -> dict[str, Any]:
+        options = self.options
+        overrides: dict[str, Any] = {}
+        if options.mean is not None:
+            overrides["mean"] = options.mean
+        if options.std is not None:
+            overrides["std"] = options.std
+        if options.img_size is not None:
+            overrides["image_size"] = (options.img_size, options.img_size)
+        return overrides
+
+    def _check_overrides(self) -> None:
+        stored = None if self.classifier is None else self.classifier.preprocessing
+        for name, value in self._overrides().items():
+            if stored is not None and getattr(stored, name) != value:
+                raise ArtifactError(
+                    f"got {name} {value} for a guard that was fitted with {getattr(stored, name)}; "
+                    "other preprocessing gives other energies. Leave the option out, or fit a new "
+                    "guard"
+                )
+
+    def _described(self, part: Predictions, source: ImageSource, role: str) -> Predictions:
+        notes: dict[str, Any] = {}
+        if self.options.limit is not None and len(source) == self.options.limit:
+            notes["limit"] = self.options.limit
+        if role == "ood":
+            notes["class_match"] = "labels of OOD sets are not used"
+            return replace(part, labels=None, notes=notes)
+        model_classes = self.require_classifier().classes
+        mapping, notes["class_match"] = match_classes(
+            source.classes, model_classes, part.num_classes
+        )
+        labels = part.labels
+        if labels is not None and mapping is not None:
+            labels = mapping[labels]
+        classes = model_classes or source.classes
+        return replace(part, labels=labels, classes=classes, notes=notes)
+
+
+@contextmanager
+def model_errors(text: str) -> Iterator[None]:
+    """Turn an exception of the user's model into exit code 4 with its message."""
+    try:
+        yield
+    except EbmGuardError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise ModelOutputError(
+            f"the model failed on {text}: {type(error).__name__}: {first}. Check --img-size, the "
+            "number of channels (--mean), and --device"
+        ) from error
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print our warnings as single lines on stderr."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, EbmGuardWarning):
+                click.echo(f"warning: {message}", err=True)
+            else:
+                shown(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+def named_specs(pairs: tuple[str, ...]) -> dict[str, str]:
+    """Parse ``--ood NAME=SPEC`` options.
+
+    Raises:
+        InvalidInputError: no ``=``, or a name twice.
+    """
+    specs: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, spec = pair.partition("=")
+        if not equals or not name or not spec:
+            raise InvalidInputError(f"got --ood {pair!r}; needed NAME=SPEC")
+        if name in specs:
+            raise InvalidInputError(f"got --ood {name!r} twice; names must differ")
+        specs[name] = spec
+    return specs
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise InvalidInputError(f"got --device {name!r}, which cannot be used: {first}") from None
+    return device

@@ -1,0 +1,326 @@
+"""Predictions in, report out: the protocol of the reliability report."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ebm_guard import registry
+from ebm_guard.calibration.metrics import perfect_ece
+from ebm_guard.data.splits import check_disjoint
+from ebm_guard.errors import DataError, InvalidInputError, ModelOutputError
+from ebm_guard.gate import Guard
+from ebm_guard.model import EnergyClassifier, Preprocessing
+from ebm_guard.ood import Score, make_score
+from ebm_guard.predictions import Predictions
+from ebm_guard.report.calibration_section import calibration_section
+from ebm_guard.report.crossfit import Fitted, fit_protocol
+from ebm_guard.report.gallery import gallery_section
+from ebm_guard.report.gate_section import gate_section
+from ebm_guard.report.ood_section import energy_section, ood_role, ood_section
+from ebm_guard.report.record import (
+    DataSection,
+    DataSet,
+    Meta,
+    ModelCard,
+    NotRun,
+    Report,
+    Warned,
+)
+from ebm_guard.report.requirements import judge, parse_requirement
+
+_RESERVED = ("evaluation", "calibration", "fit")
+_SMALL = 2000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices of a report.
+
+    Args:
+        score: the gate's score.
+        threshold: ``pac`` or ``marginal``.
+        false_reject_rate: target for the share of ID refused.
+        assurance: probability that it is met (PAC).
+        seed: of the folds and the bootstraps.
+        title: heading of the report.
+        command: the command line that makes it, for the reader.
+        images: whether thumbnails may be shown.
+    """
+
+    score: str = "energy"
+    threshold: str = "pac"
+    false_reject_rate: float = 0.05
+    assurance: float = 0.95
+    seed: int = 0
+    title: str = "Reliability report"
+    command: str | None = None
+    images: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build_report(
+    evaluation: Predictions,
+    *,
+    ood: Mapping[str, Predictions] | None = None,
+    calibration: Predictions | None = None,
+    guard: Guard | None = None,
+    classifier: EnergyClassifier | None = None,
+    requirements: Sequence[str] = (),
+    settings: Settings | None = None,
+    picture: Callable[[str, int], Image.Image | None] | None = None,
+) -> Report:
+    """Build the reliability report of a classifier.
+
+    Protocol: ``before`` uses all evaluation rows. ``after``, and the gate's coverage, come from the
+    calibration rows if given, else from two-fold cross-fitting on the evaluation rows, so nothing
+    is measured on rows it was fitted on. A fitted ``guard`` is evaluated as it is.
+
+    Args:
+        evaluation: ID rows; labels allow calibration and accuracy.
+        ood: OOD sets by name; a name that begins with ``near`` or ``far`` tells the role.
+        calibration: ID rows for temperature and threshold, disjoint from ``evaluation``.
+        guard: a fitted guard to evaluate without refitting.
+        classifier: the wrapped model, for the model card.
+        requirements: bounds such as ``ece<=0.05``.
+        settings: see :class:`Settings`.
+        picture: returns the image of (set name, row) for the gallery, or None.
+
+    Returns:
+        The report.
+
+    Raises:
+        ModelOutputError: NaN or infinite logits.
+        DataError: sets that share rows, or do not fit each other.
+        InvalidInputError: a bad name or requirement.
+
+    Example:
+        >>> generator = np.random.default_rng(0)
+        >>> logits = generator.normal(size=(400, 3)).astype(np.float32)
+        >>> report = build_report(Predictions(logits, labels=logits.argmax(axis=1)))
+        >>> report.calibration.before.metrics.accuracy.value
+        1.0
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    settings = settings or Settings()
+    ood = dict(ood or {})
+    bounds = [parse_requirement(text) for text in requirements]
+    warned = _check_sets(evaluation, ood, calibration, guard)
+    score = guard.score if guard is not None else make_score(settings.score)
+    protocol = fit_protocol(evaluation, calibration, guard, score, settings)
+    scores = _scores(score)
+    warned += protocol.warnings + _size_warnings(evaluation, protocol)
+    report = Report(
+        meta=_meta(evaluation, guard, classifier, settings, protocol, started),
+        data=DataSection(
+            evaluation=_data_set(evaluation, "evaluation"),
+            calibration=None if calibration is None else _data_set(calibration, "calibration"),
+            fit=None,
+            ood={name: _data_set(part, ood_role(name)) for name, part in ood.items()},
+        ),
+        requirements=[],
+        calibration=calibration_section(evaluation, protocol, settings.seed),
+        energy=energy_section(evaluation, ood, scores, protocol.cut_on_energy),
+        ood=ood_section(evaluation, ood, scores, settings.seed),
+        gate=gate_section(evaluation, ood, protocol),
+        selective=NotRun("risk-coverage curves are not part of this version"),
+        groups=NotRun("per-group figures are not part of this version"),
+        robustness=NotRun("attacks and corruptions are not part of this version"),
+        finetune=NotRun("no fine-tuning was done"),
+        gallery=gallery_section(evaluation, ood, protocol, picture if settings.images else None),
+        warnings=warned,
+    )
+    report = replace(report, requirements=judge(bounds, report.to_dict()) if bounds else [])
+    run = {
+        "started": started.isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "wall_seconds": round(time.perf_counter() - clock, 3),
+    }
+    return replace(report, meta=replace(report.meta, run=run))
+
+
+def _scores(gate: Score) -> dict[str, Score]:
+    scores = {method.name: make_score(method.name) for method in registry.methods("score")}
+    scores[gate.name] = gate
+    return scores
+
+
+def _check_sets(
+    evaluation: Predictions,
+    ood: Mapping[str, Predictions],
+    calibration: Predictions | None,
+    guard: Guard | None,
+) -> list[Warned]:
+    warned = []
+    others = {**ood, **({} if calibration is None else {"calibration": calibration})}
+    for name, part in {"evaluation": evaluation, **others}.items():
+        _refuse_invalid(name, part)
+        if part.num_classes != evaluation.num_classes or part.kind != evaluation.kind:
+            raise DataError(
+                f"{name} has {part.num_classes} classes ({part.kind}), evaluation has "
+                f"{evaluation.num_classes} ({evaluation.kind}); needed outputs of one model"
+            )
+        if part.skipped:
+            message = f"{len(part.skipped)} unreadable images of {name} were skipped"
+            warned.append(Warned("skipped_images", message))
+        if part.notes.get("limit"):
+            message = f"{name} was limited to {len(part)} rows: these are not the full figures"
+            warned.append(Warned("limited", message))
+    for name in ood:
+        if name in _RESERVED or not name.replace("_", "").replace("-", "").isalnum():
+            raise InvalidInputError(
+                f"got OOD set name {name!r}; needed letters, digits, _ and -, and none of "
+                f"{', '.join(_RESERVED)}"
+            )
+    for name, part in others.items():
+        warned += _overlap(evaluation, part, name)
+    if guard is not None and guard.facts.get("fingerprint") == evaluation.fingerprint:
+        raise DataError(
+            "the guard was fitted on the very rows it is now evaluated on; give evaluation data "
+            "that it has not seen"
+        )
+    return warned
+
+
+def _overlap(evaluation: Predictions, other: Predictions, name: str) -> list[Warned]:
+    if evaluation.hashes is None or other.hashes is None:
+        return []
+    message = check_disjoint(evaluation.hashes, other.hashes, ("evaluation", name))
+    return [] if message is None else [Warned("shared_rows", message)]
+
+
+def _refuse_invalid(name: str, part: Predictions) -> None:
+    bad = part.invalid
+    if part.kind == "logits" and bad.any():
+        first = part.names([int(bad.argmax())])[0]
+        raise ModelOutputError(
+            f"{int(bad.sum())} of {len(part)} rows of {name} have NaN or infinite logits (first: "
+            f"{first}); no metric is honest on the rest. Look for overflow in half precision or "
+            "broken inputs"
+        )
+
+
+def _size_warnings(evaluation: Predictions, protocol: Fitted) -> list[Warned]:
+    if len(evaluation) >= _SMALL or protocol.after is None:
+        return []
+    typical, limit = perfect_ece(protocol.after, seed=0)
+    return [
+        Warned(
+            "small_n",
+            f"{len(evaluation):,} evaluation rows are few for ECE and the reliability diagram. A "
+            "perfectly calibrated model with these confidences would show an ECE of "
+            f"{typical:.1%} on average, and below {limit:.1%} in 95 % of cases: an ECE in that "
+            "range says nothing. Most bins hold few rows, so their bars are wide, and below about "
+            "2,000 rows the interval of ECE covers the truth in less than 95 % of cases",
+        )
+    ]
+
+
+def _data_set(part: Predictions, role: str) -> DataSet:
+    notes = part.notes
+    return DataSet(
+        spec=part.source,
+        role=role,
+        n=len(part),
+        labelled=part.labels is not None,
+        skipped=len(part.skipped),
+        skipped_examples=[{"id": name, "error": error} for name, error in part.skipped[:5]],
+        num_classes=part.num_classes,
+        classes=None if part.classes is None else list(part.classes),
+        class_match=str(notes.get("class_match", "labels are taken as class numbers")),
+        fingerprint=part.fingerprint,
+        limit=notes.get("limit"),
+    )
+
+
+def _meta(
+    evaluation: Predictions,
+    guard: Guard | None,
+    classifier: EnergyClassifier | None,
+    settings: Settings,
+    protocol: Fitted,
+    started: datetime,
+) -> Meta:
+    classifier = classifier or (guard.classifier if guard is not None else None)
+    preprocessing = None if classifier is None else classifier.preprocessing
+    chosen = {
+        "score": protocol.score.name,
+        "threshold": settings.threshold,
+        "false_reject_rate": settings.false_reject_rate,
+        "assurance": settings.assurance,
+        "n_bins": 15,
+        **settings.extra,
+    }
+    if guard is not None and protocol.threshold is not None:
+        chosen |= {
+            "threshold": protocol.threshold.method,
+            "false_reject_rate": protocol.threshold.false_reject_rate,
+            "assurance": protocol.threshold.assurance,
+        }
+    return Meta(
+        title=settings.title,
+        package={"name": "ebm_guard", "version": version("ebm-guard")},
+        model=_model_card(evaluation, classifier),
+        preprocessing=None if preprocessing is None else _preprocessing(preprocessing),
+        seed=settings.seed,
+        protocol=protocol.sentences,
+        settings=chosen,
+        command=settings.command,
+        environment=_environment(evaluation, classifier),
+        run={"started": started.isoformat(timespec="seconds"), "host": "", "wall_seconds": 0.0},
+    )
+
+
+def _model_card(evaluation: Predictions, classifier: EnergyClassifier | None) -> ModelCard:
+    if classifier is None:
+        return ModelCard("stored predictions", evaluation.source, evaluation.num_classes)
+    head = classifier.head
+    return ModelCard(
+        name=classifier.name,
+        source=type(classifier.model).__name__,
+        num_classes=evaluation.num_classes,
+        num_parameters=classifier.num_parameters,
+        weights_sha256=classifier.weights_hash(),
+        head=None if head is None else {"found": head.found, "message": head.message},
+    )
+
+
+def _preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
+    size = preprocessing.image_size
+    resize = None if size is None else [int(side / preprocessing.crop_pct) for side in size]
+    return {
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "image_size": None if size is None else list(size),
+        "resize_size": resize,
+        "interpolation": preprocessing.interpolation,
+        "channels": preprocessing.channels,
+        "source": preprocessing.source,
+    }
+
+
+def _environment(evaluation: Predictions, classifier: EnergyClassifier | None) -> dict[str, Any]:
+    try:
+        timm = version("timm")
+    except PackageNotFoundError:
+        timm = None
+    device = None if classifier is None else classifier.device
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "timm": timm,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": "none: stored predictions" if classifier is None else str(device or "unknown"),
+        "dtype": evaluation.dtype,
+    }

@@ -1,0 +1,252 @@
+"""Fit temperature and threshold without measuring them on the rows they were fitted on."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ebm_guard.calibration import Calibrator, RowStatistics, TemperatureScaling, row_statistics
+from ebm_guard.data.splits import two_folds
+from ebm_guard.errors import EbmGuardWarning, InvalidInputError
+from ebm_guard.gate import Guard, Threshold
+from ebm_guard.ood import Score
+from ebm_guard.predictions import Predictions
+from ebm_guard.report.record import Warned
+
+
+class Choices(Protocol):
+    """The settings that the protocol reads."""
+
+    @property
+    def threshold(self) -> str: ...  # noqa: D102
+    @property
+    def false_reject_rate(self) -> float: ...  # noqa: D102
+    @property
+    def assurance(self) -> float: ...  # noqa: D102
+    @property
+    def seed(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted for a report, and what it says about the evaluation rows.
+
+    Args:
+        score: the gate's score.
+        id_scores: (N,) the gate's score of the evaluation rows, None where it needs logits.
+        calibrator: the deployed calibrator, None without labels.
+        threshold: the deployed threshold, None where it could not be fitted.
+        no_gate: why there is no threshold.
+        after: row statistics under a calibrator that did not see the row, None without labels.
+        accept: (N,) decisions by a threshold that did not see the row, None without a gate.
+        fitted_on: where calibrator and threshold come from, in words.
+        sentences: the protocol, in words.
+        warnings: what went wrong on the way.
+    """
+
+    score: Score
+    id_scores: NDArray[np.float64] | None
+    calibrator: Calibrator | None
+    threshold: Threshold | None
+    no_gate: str
+    after: RowStatistics | None
+    accept: NDArray[np.bool_] | None
+    fitted_on: str
+    sentences: list[str]
+    warnings: list[Warned]
+
+    @property
+    def cut_on_energy(self) -> float | None:
+        """The threshold, where the gate's score is the energy that the histogram shows."""
+        shown = self.score.name == "energy" and self.score.settings() == {"energy_temperature": 1.0}
+        return float(self.threshold.cut) if shown and self.threshold is not None else None
+
+
+def fit_protocol(
+    evaluation: Predictions,
+    calibration: Predictions | None,
+    guard: Guard | None,
+    score: Score,
+    choices: Choices,
+) -> Fitted:
+    """Fit on calibration rows, by cross-fitting, or not at all (a given guard)."""
+    scores = _scores(score, evaluation)
+    if guard is not None:
+        return _given(evaluation, guard, score, scores)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", EbmGuardWarning)
+        if calibration is not None:
+            fitted = _held_out(evaluation, calibration, score, scores, choices)
+        else:
+            fitted = _two_fold(evaluation, score, scores, choices)
+    for warning in caught:
+        if not issubclass(warning.category, EbmGuardWarning):
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    messages = {str(item.message) for item in caught if item.category is EbmGuardWarning}
+    fitted.warnings.extend(Warned("calibration_fit", message) for message in sorted(messages))
+    return fitted
+
+
+def _scores(score: Score, part: Predictions) -> NDArray[np.float64] | None:
+    if part.kind == "probs" and not score.from_probabilities:
+        return None
+    return score.of(part)
+
+
+def _given(
+    evaluation: Predictions,
+    guard: Guard,
+    score: Score,
+    scores: NDArray[np.float64] | None,
+) -> Fitted:
+    threshold = guard.state().threshold
+    reason = "" if scores is not None else _needs_logits(score)
+    return Fitted(
+        score=score,
+        id_scores=scores,
+        calibrator=guard.calibrator,
+        threshold=threshold if scores is not None else None,
+        no_gate=reason,
+        after=_after(guard.calibrator, evaluation),
+        accept=None if scores is None else scores <= float(threshold.cut),
+        fitted_on=f"the given guard ({guard.facts.get('n', 0):,} rows of "
+        f"{guard.facts.get('source', 'unknown')})",
+        sentences=[
+            (
+                "The given guard is evaluated as it is: neither temperature nor threshold is "
+                "refitted, and all evaluation rows count. That these rows are new to it is checked "
+                "only for the whole set."
+            ),
+        ],
+        warnings=[],
+    )
+
+
+def _held_out(
+    evaluation: Predictions,
+    calibration: Predictions,
+    score: Score,
+    scores: NDArray[np.float64] | None,
+    choices: Choices,
+) -> Fitted:
+    calibrator = _calibrator(calibration)
+    threshold, reason = _threshold(_scores(score, calibration), score, choices)
+    where = f"{len(calibration):,} calibration rows"
+    return Fitted(
+        score=score,
+        id_scores=scores,
+        calibrator=calibrator,
+        threshold=threshold,
+        no_gate=reason,
+        after=_after(calibrator, evaluation),
+        accept=None if threshold is None or scores is None else scores <= float(threshold.cut),
+        fitted_on=where,
+        sentences=[
+            (
+                f"Temperature and threshold are fitted on {where} and measured on "
+                f"{len(evaluation):,} evaluation rows that share none with them."
+            ),
+        ],
+        warnings=[],
+    )
+
+
+def _two_fold(
+    evaluation: Predictions,
+    score: Score,
+    scores: NDArray[np.float64] | None,
+    choices: Choices,
+) -> Fitted:
+    n = len(evaluation)
+    first, second = two_folds(n, evaluation.labels, choices.seed)
+    pairs = ((first, second), (second, first))
+    after: RowStatistics | None = None
+    if evaluation.labels is not None and min(len(first), len(second)) >= 2:
+        parts = [
+            _after(_calibrator(evaluation.select(fit)), evaluation.select(test))
+            for fit, test in pairs
+        ]
+        after = RowStatistics.concatenate([part for part in parts if part is not None])
+    accept: NDArray[np.bool_] | None = np.zeros(n, dtype=bool)
+    reason = ""
+    for fit, test in pairs:
+        fold, reason = _threshold(None if scores is None else scores[fit], score, choices)
+        if fold is None or scores is None or accept is None:
+            accept = None
+            break
+        accept[test] = scores[test] <= float(fold.cut)
+    threshold = _threshold(scores, score, choices)[0] if accept is not None else None
+    return Fitted(
+        score=score,
+        id_scores=scores,
+        calibrator=_calibrator(evaluation),
+        threshold=threshold,
+        no_gate=f"each half of the evaluation rows must do alone: {reason}" if reason else "",
+        after=after,
+        accept=accept,
+        fitted_on=f"all {n:,} evaluation rows, as deployed",
+        sentences=[
+            (
+                "No calibration data was given, so two-fold cross-fitting is used (stratified "
+                f"by label, seed {choices.seed}): temperature and threshold are fitted on one half and "
+                "measured on the other, both ways; the figures `after` and the coverage join both "
+                "halves."
+            ),
+            (
+                f"The temperature and the threshold shown are those fitted on all {n:,} rows, as "
+                "`ebm-guard fit` would deploy them; OOD rows are judged by that threshold."
+            ),
+        ],
+        warnings=[],
+    )
+
+
+def _calibrator(part: Predictions) -> Calibrator | None:
+    if part.labels is None:
+        return None
+    return TemperatureScaling().fit(part.logits, part.labels)
+
+
+def _after(calibrator: Calibrator | None, part: Predictions) -> RowStatistics | None:
+    if calibrator is None or part.labels is None:
+        return None
+    return row_statistics(part.logits, part.labels, transform=calibrator.transform)
+
+
+def _threshold(
+    scores: NDArray[np.float64] | None, score: Score, choices: Choices
+) -> tuple[Threshold | None, str]:
+    if scores is None:
+        return None, _needs_logits(score)
+    try:
+        threshold = Threshold.fit(
+            scores, choices.threshold, choices.false_reject_rate, choices.assurance
+        )
+    except InvalidInputError as error:
+        return None, str(error)
+    return threshold, ""
+
+
+def _needs_logits(score: Score) -> str:
+    return f"a gate on {score.name} is not available: needs logits, got probabilities"
+
+
+def calibrator_facts(fitted: Fitted) -> dict[str, Any] | None:
+    """Return what the report says about the deployed calibrator."""
+    calibrator = fitted.calibrator
+    if not isinstance(calibrator, TemperatureScaling):
+        return None
+    return {
+        "name": calibrator.name,
+        "temperature": float(calibrator.temperature),
+        "standard_error": calibrator.standard_error,
+        "status": calibrator.status,
+        "n": calibrator.n,
+        "fitted_on": fitted.fitted_on,
+    }
