@@ -194,8 +194,12 @@ class Predictions:
         return loaded
 
     @classmethod
-    def from_npz(cls, spec: Spec) -> Predictions:
+    def from_npz(cls, spec: Spec, *, labelled: bool = True) -> Predictions:
         """Read ``logits:FILE``: ``logits`` or ``probs``, optional labels, features, groups.
+
+        Args:
+            spec: a ``logits:`` spec.
+            labelled: False ignores the labels, as for OOD sets, whose labels are of other classes.
 
         Raises:
             DataError: no logits, damaged, non-finite values, labels out of range.
@@ -216,7 +220,7 @@ class Predictions:
                 f"{spec.text}: {len(bad)} of {len(values)} rows hold NaN or infinite logits (first "
                 f"row {bad[0]}); a file must be finite, remove or recompute these rows"
             )
-        labels = arrays.get("labels")
+        labels = arrays.get("labels") if labelled else None
         dtype = str(values.dtype)
         stored = values if values.dtype == np.float64 else values.astype(np.float32)
         predictions = cls(
@@ -240,16 +244,21 @@ class Predictions:
         return predictions
 
 
-def stored_predictions(spec: Spec) -> Predictions:
+def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
     """Open a ``logits:`` or ``predictions:`` spec.
+
+    Args:
+        spec: what to open.
+        labelled: False drops the labels, as for OOD sets.
 
     Raises:
         DataError: missing or malformed, or the slice selects nothing.
     """
     if spec.kind == "logits":
-        loaded = Predictions.from_npz(spec)
+        loaded = Predictions.from_npz(spec, labelled=labelled)
     else:
         loaded = Predictions.load(existing_path(spec))
+        loaded = loaded if labelled else replace(loaded, labels=None)
     if spec.rows is None:
         return loaded
     kept = loaded.select(spec.rows)

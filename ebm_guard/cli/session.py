@@ -73,9 +73,8 @@ class Session:
         """
         spec = parse_spec(text)
         if spec.kind in STORED_KINDS:
-            part = stored_predictions(spec)
-            kept = replace(part, labels=None) if role == "ood" else part
-            return replace(kept, source=text)
+            part = stored_predictions(spec, labelled=role != "ood")
+            return replace(part, source=text)
         source = self.open(spec, role, name)
         classifier = self.require_classifier()
         with model_errors(text):
@@ -93,6 +92,9 @@ class Session:
     def open(self, spec: Spec, role: str, name: str) -> ImageSource:
         """Open an image source, cut to ``--limit`` rows, and remember it for the gallery."""
         source = open_source(spec, role)
+        if role == "ood":
+            # Their labels are of other classes, and would be checked against the model's.
+            source.labels = None
         limit = self.options.limit
         if limit is not None and limit < len(source):
             generator = np.random.default_rng(self.options.seed)
@@ -198,7 +200,7 @@ class Session:
             notes["limit"] = self.options.limit
         if role == "ood":
             notes["class_match"] = "labels of OOD sets are not used"
-            return replace(part, labels=None, notes=notes)
+            return replace(part, notes=notes)
         model_classes = self.require_classifier().classes
         mapping, notes["class_match"] = match_classes(
             source.classes, model_classes, part.num_classes

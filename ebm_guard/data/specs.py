@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,14 @@ def parse_spec(text: str) -> Spec:
 
 
 def existing_path(spec: Spec) -> Path:
-    """Return the path of a spec.
+    """Return the path of a spec, with ``~`` and environment variables filled in.
+
+    The spec's text, which reports record, keeps the variable's name.
 
     Raises:
         DataError: nothing is there; near names in the same folder are suggested.
     """
-    path = Path(spec.path).expanduser()
+    path = Path(os.path.expandvars(spec.path)).expanduser()
     if path.exists():
         return path
     parent = path.parent

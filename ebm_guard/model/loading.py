@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,7 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     Raises:
         DataError: missing, unreadable, or keys and shapes that do not fit.
     """
-    path = Path(checkpoint)
+    path = Path(os.path.expandvars(checkpoint)).expanduser()
     if not path.is_file():
         raise DataError(f"got checkpoint {path}, which is not a file")
     state = _read_state(path)

@@ -194,9 +194,9 @@ def _two_fold(
         sentences=[
             (
                 "No calibration data was given, so two-fold cross-fitting is used (stratified "
-                f"by label, seed {choices.seed}): temperature and threshold are fitted on one half and "
-                "measured on the other, both ways; the figures `after` and the coverage join both "
-                "halves."
+                f"by label, seed {choices.seed}): temperature and threshold are fitted on one half "
+                "and measured on the other, both ways; the figures `after` and the coverage join "
+                "both halves."
             ),
             (
                 f"The temperature and the threshold shown are those fitted on all {n:,} rows, as "

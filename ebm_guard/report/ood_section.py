@@ -27,6 +27,8 @@ from ebm_guard.report.record import (
 _BINS = 60
 # Customs: below 0.8 the two sets mix, above 0.95 few inputs are confused.
 _WEAK, _STRONG = 0.80, 0.95
+# A lead below one point of AUROC changes no decision.
+_MATTERS = 0.01
 Values = dict[str, NDArray[np.float64]]
 
 
@@ -173,9 +175,9 @@ def _ranking_sentence(rank: int, of: int, rival: str, difference: Metric) -> str
         return f"Energy is 1st of {of} scores on this data; it leads {rival} by {size}{certain}."
     place = {2: "2nd", 3: "3rd"}.get(rank, f"{rank}th")
     if low > 0:
+        advice = f"consider a gate on {rival}" if low > _MATTERS else "a real but small lead"
         return (
-            f"Energy is {place} of {of} scores on this data: {rival} is better by {size}. Consider "
-            f"a gate on {rival}."
+            f"Energy is {place} of {of} scores on this data: {rival} is better by {size}; {advice}."
         )
     return (
         f"Energy is {place} of {of} scores on this data; the best, {rival}, leads by {size}, which "
@@ -207,5 +209,7 @@ def _verdict(values: Values, ranking: Ranking | None) -> Verdict:
     sentence = (
         f"On the hardest set, {worst}, energy reaches AUROC {value:.3f}; a cut that accepts 95 % "
         f"of familiar inputs lets {found[worst].fpr95.value:.1%} of {worst} pass. "
+        f"Energy ranks {ranking.energy_rank} of {ranking.of} scores here"
     )
-    return Verdict(status, headline, sentence + ranking.sentence)
+    best = "." if ranking.energy_rank == 1 else f"; the best is {ranking.best}."
+    return Verdict(status, headline, sentence + best)

@@ -1,0 +1,102 @@
+"""Figures as bytes: the same report gives the same PNG and SVG on every run."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from ebm_guard.report.figures.energy import energy_histogram
+from ebm_guard.report.figures.ranking import ranked_scores, roc, score_ranking
+from ebm_guard.report.figures.reliability import reliability
+from ebm_guard.report.figures.style import THEME, drawing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+DPI = 200  # twice the usual 100, for sharp pictures on a phone and in print
+
+
+def save_figures(report: Mapping[str, Any], folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Write each figure that the report has data for as PNG and SVG; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for name, draw in _figures(report):
+        figure = draw()
+        png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+        with drawing():
+            figure.savefig(png, dpi=DPI, metadata={"Software": None})
+        svg.write_text(svg_text(figure, name), encoding="utf-8", newline="\n")
+        paths[name] = (png, svg)
+    return paths
+
+
+def inline_svgs(report: Mapping[str, Any]) -> dict[str, str]:
+    """Draw single panels for a web page: no ids in common, colours as CSS variables.
+
+    Panels and not the side-by-side figures, so that a phone can put them under each other.
+    The ROC panels are numbered in the order of ``report["ood"]``.
+    """
+    panels: dict[str, Figure] = {}
+    for when in ("before", "after"):
+        if "curve" in report["calibration"].get(when, {}):
+            panels[f"reliability_{when}"] = reliability(report["calibration"][when])
+    shared = ("energy_histogram", "score_ranking")
+    panels.update((name, draw()) for name, draw in _figures(report) if name in shared)
+    for number, (name, entry) in enumerate(report["ood"].items()):
+        if entry.get("roc"):
+            panels[f"roc_{number}"] = roc({name: entry}, titles=False)
+    return {name: _for_page(svg_text(figure, name)) for name, figure in panels.items()}
+
+
+def svg_text(figure: Figure, name: str) -> str:
+    """Write a figure as SVG without dates or versions, its ids starting with ``name``."""
+    stream = StringIO()
+    with drawing(**{"svg.hashsalt": f"ebm_guard/{name}"}):
+        empty = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(stream, format="svg", metadata=empty)
+    text = re.sub(r"<!DOCTYPE.*?>|<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.S)
+    text = re.sub(r'(\sid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    return re.sub(r"\n\s*\n+", "\n", text)
+
+
+def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """List the figures that the report has data for, each with the call that draws it."""
+    calibration, energy, ood = report["calibration"], report["energy"], report["ood"]
+    if "curve" in calibration.get("before", {}):
+        after = calibration["after"] if "curve" in calibration["after"] else None
+        yield "reliability", partial(reliability, calibration["before"], after)
+    if "histogram" in energy:
+        yield "energy_histogram", partial(energy_histogram, energy)
+    if any(entry.get("roc") for entry in ood.values()):
+        yield "roc", partial(roc, ood)
+    if ranked_scores(report):
+        yield "score_ranking", partial(score_ranking, report)
+
+
+def _for_page(svg: str) -> str:
+    """Fit an SVG into a page: its fonts, its colours, no XML prologue, any width."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg, count=2).replace("xlink:href", "href")
+    # A style element inside an SVG applies to the whole page; the page has this rule itself.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.S)
+    svg = re.sub(r"font(-family)?: ([^;\"]*)'DejaVu Sans'", _page_font, svg)
+    head, body = svg.split(">", 1)
+    head = re.sub(r'\s(width|height)="[^"]*"', "", head) + ' aria-hidden="true"'
+    for colour, variable in THEME.items():
+        body = body.replace(colour, f"var({variable}, {colour})")
+    return f"{head}>{body}".strip()
+
+
+def _page_font(match: re.Match[str]) -> str:
+    """Keep size and weight of a font, and take the family of the page."""
+    family = "font-family: var(--fig-font, sans-serif)"
+    if match[1]:
+        return family
+    bold = "font-weight: bold; " if re.search(r"\b(bold|700)\b", match[2]) else ""
+    size = re.search(r"[\d.]+px", match[2])
+    return bold + (f"font-size: {size[0]}; " if size else "") + family

@@ -1,0 +1,140 @@
+"""All files of a report, written as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any
+
+from ebm_guard.errors import DataError
+from ebm_guard.report.render.pages import render_html, render_markdown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+FIGURES = ("reliability", "energy_histogram", "roc", "score_ranking")
+# Every file that a report may hold: those of an older report are replaced or taken away,
+# everything else in the folder belongs to the user.
+OURS = (
+    Path("report.json"),
+    Path("report.html"),
+    Path("report.md"),
+    *(Path("figures") / f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")),
+)
+
+
+def write_outputs(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write report.json, report.html, report.md and the figures; return their paths.
+
+    Everything is drawn into a hidden temporary folder on the same disk first and moved at the end,
+    so a failure leaves an older report as it was.
+
+    Raises:
+        DataError: The folder cannot be written, or the report holds a value that JSON lacks.
+    """
+    folder = Path(folder).absolute()
+    try:
+        blocked = next((path for path in _on_the_way(folder) if not path.is_dir()), None)
+        if blocked is not None:
+            raise NotADirectoryError(20, "is a file, not a folder", str(blocked))
+        # An existing folder may be a mount of its own, so its files are prepared inside it.
+        room = next(path for path in (folder, *folder.parents) if path.is_dir())
+        staging = room / f".ebm-guard-{token_hex(6)}"
+        try:
+            staging.mkdir()
+            written = _write_all(report, staging / "new")
+            if room == folder:
+                _exchange(staging, folder, written)
+            else:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                (staging / "new").rename(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"The report was not written to {folder}: {reason}"
+            f"{f' ({error.filename})' if error.filename else ''}. "
+            "It needs a folder that can be written and has a few free megabytes. "
+            "Choose another --output, or free the disk. An older report there is unchanged."
+        ) from error
+    return [folder / path for path in written]
+
+
+def canonical_json(report: Mapping[str, Any]) -> str:
+    """Write the report as JSON at full precision, in its own order."""
+    try:
+        return json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"The report cannot be written as JSON: {error}. It needs plain numbers, texts, lists "
+            "and dicts, and null where a number is not known. This is a fault of ebm_guard or of "
+            "the code that changed the report, not of your data."
+        ) from error
+
+
+def _on_the_way(folder: Path) -> Iterator[Path]:
+    """List what exists where the report needs folders."""
+    yield from (path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    if (folder / "figures").exists():
+        yield folder / "figures"
+
+
+def _write_all(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write every file of the report into an empty folder; return their relative paths."""
+    from ebm_guard.report.figures import inline_svgs, save_figures
+
+    folder.mkdir()
+    pages = {
+        "report.json": canonical_json(report),
+        "report.html": render_html(report, inline_svgs(report)),
+        "report.md": render_markdown(report),
+    }
+    for name, text in pages.items():
+        # A name read from a file system may hold bytes that are no text; they are shown escaped.
+        data = text.encode("utf-8", "backslashreplace")
+        (folder / name).write_bytes(data)
+    paths = [Path(name) for name in pages]
+    for pair in save_figures(report, folder / "figures").values():
+        paths += [path.relative_to(folder) for path in pair]
+    with suppress(OSError):
+        (folder / "figures").rmdir()  # no figure at all: no empty folder
+    return paths
+
+
+def _exchange(staging: Path, folder: Path, written: Sequence[Path]) -> None:
+    """Put the new files in place of the old ones; on any failure put the old ones back."""
+    new, old = staging / "new", staging / "old"
+    saved: list[Path] = []
+    placed: list[Path] = []
+    had_figures = (folder / "figures").exists()
+    try:
+        for path in OURS:
+            target = folder / path
+            if target.is_dir() and not target.is_symlink():
+                raise IsADirectoryError(
+                    21, "is a folder, but the report writes a file", str(target)
+                )
+            if target.exists() or target.is_symlink():
+                (old / path).parent.mkdir(parents=True, exist_ok=True)
+                target.rename(old / path)
+                saved.append(path)
+        for path in written:
+            (folder / path).parent.mkdir(exist_ok=True)
+            (new / path).rename(folder / path)
+            placed.append(path)
+    except BaseException:
+        for path in placed:
+            (folder / path).unlink(missing_ok=True)
+        for path in saved:
+            (old / path).rename(folder / path)
+        if not had_figures:
+            with suppress(OSError):
+                (folder / "figures").rmdir()
+        raise
+    if saved and not any(path.parent.name == "figures" for path in written):
+        with suppress(OSError):
+            (folder / "figures").rmdir()  # the older report had figures, this one has none
