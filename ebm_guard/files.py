@@ -83,6 +83,30 @@ def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Fail now, and not after minutes of work, where a result could not be written.
+
+    Args:
+        path: file or folder that will be written; it need not exist yet.
+
+    Raises:
+        DataError: its nearest existing folder is not writable.
+
+    Example:
+        >>> check_writable("result.json")
+    """
+    path = Path(path)
+    place = path if path.is_dir() else path.parent
+    try:
+        while not place.exists():
+            place = place.parent
+        probe = _beside(place / "probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def cannot_write(path: Path, error: OSError) -> DataError:
     """Return the error for a place that cannot be written."""
     reason = error.strerror or str(error)

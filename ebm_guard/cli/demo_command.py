@@ -26,7 +26,7 @@ def command(output: str, quiet: bool, as_json: bool) -> None:
     from ebm_guard.cli.report_command import show_report
     from ebm_guard.cli.session import Session, warnings_as_lines
     from ebm_guard.data.demo import load_demo
-    from ebm_guard.files import replace_file
+    from ebm_guard.files import check_writable, replace_file
     from ebm_guard.gate import Guard
     from ebm_guard.report import Settings, build_report
 
@@ -36,6 +36,7 @@ def command(output: str, quiet: bool, as_json: bool) -> None:
         seed=0, strict=True, limit=None, quiet=quiet,
     )  # fmt: skip
     folder = Path(output)
+    check_writable(folder)
     specs = {"evaluation": "demo:evaluation", "calibration": "demo:calibration", **_OOD}
     with warnings_as_lines():
         session = Session(options, list(specs.values()))

@@ -38,10 +38,12 @@ def command(
     import json
 
     from ebm_guard.cli.session import Session, warnings_as_lines
+    from ebm_guard.files import check_writable
     from ebm_guard.gate import Guard
     from ebm_guard.gate.artifact import CANARY_ROWS
     from ebm_guard.gate.storage import describe_manifest, manifest_of
 
+    check_writable(output)
     with warnings_as_lines():
         session = Session(options, [data])
         predictions = session.predictions(data, "calibration", "calibration")

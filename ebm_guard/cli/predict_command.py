@@ -58,8 +58,9 @@ def command(
     ebm-guard predict guard.safetensors --model resnet50.tv_in1k --data new/ -o out.jsonl
     """
     from ebm_guard.cli.session import Session, warnings_as_lines
-    from ebm_guard.files import replace_file
+    from ebm_guard.files import check_writable, replace_file
 
+    check_writable(output)
     counts: Counter[str] = Counter()
     broken = 0
     with warnings_as_lines():

@@ -66,6 +66,7 @@ def command(
     """
     from ebm_guard.cli.session import Session, named_specs, warnings_as_lines
     from ebm_guard.errors import InvalidInputError
+    from ebm_guard.files import check_writable
     from ebm_guard.report import Settings, build_report
     from ebm_guard.report.requirements import exit_code, parse_requirement
 
@@ -75,6 +76,8 @@ def command(
         raise InvalidInputError(
             "got --guard and --calibration-data; a given guard is not refitted, leave one out"
         )
+    for folder in filter(None, (output, save_predictions)):
+        check_writable(folder)
     ood_specs = named_specs(ood)
     specs = [data, *([calibration_data] if calibration_data else []), *ood_specs.values()]
     with warnings_as_lines():

@@ -183,6 +183,7 @@ class DemoConvNet(nn.Module):
             self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, len(DEMO_CLASSES))
         self.pretrained_cfg: dict[str, Any] = {
+            "label_names": DEMO_CLASSES,
             "architecture": "demo_digits_convnet",
             "input_size": (1, _SIDE, _SIDE),
             "mean": (DEMO_MEAN,),

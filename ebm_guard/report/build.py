@@ -228,6 +228,7 @@ def _size_warnings(evaluation: Predictions, protocol: Fitted) -> list[Warned]:
 
 def _data_set(part: Predictions, role: str) -> DataSet:
     notes = part.notes
+    foreign = role.endswith("ood")
     return DataSet(
         spec=part.source,
         role=role,
@@ -235,8 +236,8 @@ def _data_set(part: Predictions, role: str) -> DataSet:
         labelled=part.labels is not None,
         skipped=len(part.skipped),
         skipped_examples=[{"id": name, "error": error} for name, error in part.skipped[:5]],
-        num_classes=part.num_classes,
-        classes=None if part.classes is None else list(part.classes),
+        num_classes=None if foreign else part.num_classes,
+        classes=None if foreign or part.classes is None else list(part.classes),
         class_match=str(notes.get("class_match", "labels are taken as class numbers")),
         fingerprint=part.fingerprint,
         limit=notes.get("limit"),

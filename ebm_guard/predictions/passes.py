@@ -1,0 +1,183 @@
+"""One streaming pass of a classifier over a data set."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ebm_guard.data.batches import Batch
+from ebm_guard.errors import DataError, UnsupportedModelError
+from ebm_guard.model.classifier import EnergyClassifier, check_kind
+from ebm_guard.predictions.record import COLUMNS, Array, Predictions, hash_rows
+from ebm_guard.progress import track
+
+
+@torch.no_grad()
+def predict(
+    classifier: EnergyClassifier,
+    data: Iterable[Any],
+    *,
+    features: bool = False,
+    total: int | None = None,
+    progress: bool = False,
+    amp: bool = False,
+    memory_limit: int = 1 << 30,
+    source: str = "a loader",
+) -> Predictions:
+    """Run a classifier once over a data set.
+
+    Args:
+        classifier: the wrapped model.
+        data: :class:`~ebm_guard.data.Batch` objects, (inputs, labels) pairs, or inputs.
+        features: also keep the features, where a head can be verified on the first batch.
+        total: number of rows, for the progress bar.
+        progress: show a progress bar on stderr.
+        amp: run the model under autocast (scores stay in float32).
+        memory_limit: bytes per column beyond which it is kept in a memory-mapped temporary file.
+        source: description of the data.
+
+    Returns:
+        Logits as the model gave them, half precision stored exactly as float32.
+
+    Raises:
+        UnsupportedModelError: the model gives probabilities, or no logits.
+        DataError: no rows, or labels out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> out = predict(EnergyClassifier(nn.Linear(4, 3).eval()), [torch.randn(5, 4)])
+        >>> out.logits.shape
+        (5, 3)
+    """
+    columns = {name: _Column(memory_limit) for name in COLUMNS}
+    ids: list[str] = []
+    skipped: list[tuple[str, str]] = []
+    dtype = "float32"
+    with track(f"predict {source}", total, enabled=progress) as advance:
+        for batch in map(as_batch, data):
+            skipped.extend(batch.skipped)
+            advance(len(batch.skipped))
+            if not len(batch.inputs):
+                continue
+            if features:
+                classifier.probe_head(batch.inputs)
+            with _autocast(classifier, enabled=amp):
+                output = classifier.forward(batch.inputs, features=features)
+            if not columns["logits"].n:
+                check_kind(output.logits)
+            if len(output.logits) != len(batch.inputs):
+                raise UnsupportedModelError(
+                    f"the model returned {len(output.logits)} rows for {len(batch.inputs)} inputs"
+                )
+            dtype = str(output.logits.dtype).removeprefix("torch.")
+            columns["logits"].add(_to_numpy(output.logits))
+            if output.features is not None:
+                columns["features"].add(_to_numpy(output.features))
+            if batch.labels is not None:
+                columns["labels"].add(batch.labels.cpu().numpy().astype(np.int64))
+            columns["hashes"].add(batch.hashes)
+            ids.extend(batch.ids)
+            advance(len(batch.inputs))
+    if not columns["logits"].n:
+        raise DataError(f"{source} gave no rows ({len(skipped)} images were unreadable)")
+    arrays: dict[str, Any] = {name: column.array() for name, column in columns.items() if column.n}
+    return Predictions(
+        **arrays,
+        ids=tuple(ids) or None,
+        dtype=dtype,
+        skipped=tuple(skipped),
+        source=source,
+    )
+
+
+def as_batch(item: Any) -> Batch:
+    """Read one item of a user's loader: a batch, (inputs, labels), {inputs, labels}, or inputs.
+
+    Raises:
+        DataError: the item is none of these.
+
+    Example:
+        >>> as_batch((torch.zeros(2, 3), torch.tensor([0, 1]))).labels
+        tensor([0, 1])
+    """
+    if isinstance(item, Batch):
+        return item
+    inputs, labels = item, None
+    if isinstance(item, Mapping):
+        inputs = item.get("pixel_values", item.get("inputs"))
+        labels = item.get("labels", item.get("label"))
+    elif isinstance(item, (tuple, list)) and len(item) in (1, 2):
+        inputs, labels = item[0], item[1] if len(item) == 2 else None
+    if not isinstance(inputs, Tensor) or inputs.ndim < 1:
+        raise DataError(
+            f"got a batch of type {type(item).__name__}; needed a tensor of inputs, a pair "
+            "(inputs, labels), or a mapping with 'pixel_values' and 'labels'"
+        )
+    if labels is not None:
+        labels = torch.as_tensor(labels)
+        if labels.is_floating_point() or labels.shape != inputs.shape[:1]:
+            raise DataError(
+                f"got labels of shape {tuple(labels.shape)} and dtype {labels.dtype} for "
+                f"{len(inputs)} inputs; needed one integer class per input"
+            )
+    return Batch(inputs, labels, (), hash_inputs(inputs))
+
+
+def hash_inputs(inputs: Tensor) -> NDArray[np.uint64]:
+    """Hash each row of a batch, (B,) uint64."""
+    values = inputs.detach().cpu().contiguous()
+    rows = values.reshape(len(values), -1)
+    return hash_rows(rows.view(torch.uint8).numpy() if rows.numel() else rows.numpy())
+
+
+class _Column:
+    """Rows collected in memory, and beyond a limit in an unlinked temporary file."""
+
+    def __init__(self, limit: int) -> None:
+        self.n = 0
+        self._limit = limit
+        self._bytes = 0
+        self._parts: list[Array] = []
+        self._file: Any = None
+        self._like: Array | None = None
+
+    def add(self, rows: Array) -> None:
+        self.n += len(rows)
+        self._bytes += rows.nbytes
+        self._like = rows if self._like is None else self._like
+        if self._file is None and self._bytes > self._limit:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as its map
+            for part in self._parts:
+                self._file.write(part.tobytes())
+            self._parts = []
+        if self._file is None:
+            self._parts.append(rows)
+        else:
+            self._file.write(np.ascontiguousarray(rows).tobytes())
+
+    def array(self) -> Array | None:
+        if self._like is None:
+            return None
+        if self._file is None:
+            return np.concatenate(self._parts)
+        self._file.flush()
+        shape = (self.n, *self._like.shape[1:])
+        return np.memmap(self._file, dtype=self._like.dtype, mode="r", shape=shape)
+
+
+def _to_numpy(values: Tensor) -> Array:
+    values = values.detach()
+    kept = values if values.dtype == torch.float64 else values.float()
+    return np.asarray(kept.cpu().numpy())
+
+
+def _autocast(classifier: EnergyClassifier, *, enabled: bool) -> Any:
+    device = classifier.device
+    return torch.autocast(device.type if device else "cpu") if enabled else nullcontext()

@@ -1,0 +1,105 @@
+"""Predictions that lie on disk: ``logits:`` files and ``predictions:`` folders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ebm_guard.data.sources import read_npz
+from ebm_guard.data.specs import Spec, existing_path
+from ebm_guard.errors import DataError, UnsupportedModelError
+from ebm_guard.model.classifier import check_kind
+from ebm_guard.predictions.record import Array, Predictions, check_logits
+
+_ARRAYS = ("logits", "probs", "labels", "features", "groups", "classes", "ids")
+
+
+def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
+    """Open a ``logits:`` or ``predictions:`` spec.
+
+    Args:
+        spec: what to open.
+        labelled: False drops the labels, as for OOD sets.
+
+    Raises:
+        DataError: missing or malformed, or the slice selects nothing.
+    """
+    if spec.kind == "logits":
+        loaded = read_logits(spec, labelled=labelled)
+    else:
+        loaded = Predictions.load(existing_path(spec))
+        loaded = loaded if labelled else replace(loaded, labels=None)
+    if spec.rows is None:
+        return loaded
+    kept = loaded.select(spec.rows)
+    if not len(kept):
+        raise DataError(f"got spec {spec.text!r}, which selects none of {len(loaded)} rows")
+    return kept
+
+
+def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
+    """Read ``logits:FILE``: ``logits`` or ``probs``, optional labels, features, groups.
+
+    Args:
+        spec: a ``logits:`` spec.
+        labelled: False ignores the labels, as for OOD sets, whose labels are of other classes.
+
+    Raises:
+        DataError: no logits, damaged, non-finite values, labels out of range.
+    """
+    path = existing_path(spec)
+    arrays = read_npz(spec, path, _ARRAYS)
+    if "logits" in arrays:
+        kind, values = "logits", arrays["logits"]
+    elif "probs" in arrays:
+        kind, values = "probs", _log_of_probabilities(arrays["probs"], spec.text)
+    else:
+        raise DataError(f"got spec {spec.text!r}; the file holds neither `logits` nor `probs`")
+    check_logits(values, spec.text)
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if kind == "logits" and len(bad):
+        raise DataError(
+            f"{spec.text}: {len(bad)} of {len(values)} rows hold NaN or infinite logits (first "
+            f"row {bad[0]}); a file must be finite, remove or recompute these rows"
+        )
+    labels = arrays.get("labels") if labelled else None
+    dtype = str(values.dtype)
+    stored = values if values.dtype == np.float64 else values.astype(np.float32)
+    predictions = Predictions(
+        stored,
+        features=arrays.get("features"),
+        labels=None if labels is None else labels.astype(np.int64),
+        groups=arrays.get("groups"),
+        ids=tuple(map(str, arrays["ids"])) if "ids" in arrays else None,
+        kind=kind,
+        dtype=dtype,
+        classes=tuple(map(str, arrays["classes"])) if "classes" in arrays else None,
+        source=spec.text,
+    )
+    if kind == "logits":
+        try:
+            check_kind(torch.from_numpy(stored))
+        except UnsupportedModelError as error:
+            raise DataError(
+                f"{spec.text}: {error}. Stored probabilities go under the name `probs`"
+            ) from None
+    return predictions
+
+
+def _log_of_probabilities(probs: Array, source: str) -> Array:
+    values = np.asarray(probs, dtype=np.float64)
+    if values.ndim != 2 or not len(values):
+        raise DataError(f"{source}: got probs of shape {values.shape}; needed (N, C)")
+    sums = values.sum(axis=1)
+    good = (values >= 0).all(axis=1) & (np.abs(sums - 1) < 1e-3)
+    if not good.all():
+        row = int(np.flatnonzero(~good)[0])
+        raise DataError(
+            f"{source}: {int((~good).sum())} of {len(values)} rows are not probabilities (row "
+            f"{row} sums to {sums[row]:.6g}); logits go under the name `logits`"
+        )
+    # A stored float32 zero is a probability below the smallest float32, not an impossible event.
+    floor = np.finfo(np.float32).tiny if probs.dtype != np.float64 else np.finfo(np.float64).tiny
+    return np.log(np.maximum(values, floor))
