@@ -159,8 +159,9 @@ def basic_interval(
         Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 5.2.
 
     Example:
-        >>> basic_interval(1.0, np.array([0.5, 1.0, 1.0, 2.0]), low=0.0)
-        (0.07499999999999996, 1.4625)
+        >>> ends = basic_interval(1.0, np.array([0.5, 1.0, 1.0, 2.0]), low=0.0)
+        >>> [round(end, 4) for end in ends]
+        [0.075, 1.4625]
     """
     tail = (1 - LEVEL) / 2
     bottom, top = np.quantile(draws, [tail, 1 - tail])

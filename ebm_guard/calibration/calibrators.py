@@ -114,7 +114,8 @@ class TemperatureScaling(Calibrator):
         if status == "converged":
             self.temperature.fill_(math.exp(-u))
             # d log T = -du, so se(T) = T se(u), and the information in u is n d2(NLL)/du2.
-            self.standard_error = math.exp(-u) / math.sqrt(self.n * curvature)
+            flat = curvature <= 0
+            self.standard_error = None if flat else math.exp(-u) / math.sqrt(self.n * curvature)
             return self
         self.temperature.fill_(1.0)
         self.standard_error = None
@@ -156,7 +157,7 @@ class TemperatureScaling(Calibrator):
 
 _EXPLANATIONS = {
     "at_bound": "the best T lies outside [0.001, 1000]",
-    "separable": "every row is right, so ever sharper probabilities are ever better",
+    "separable": "the label has the largest logit in every row, so sharper is always better",
     "worse_than_uniform": "the logits predict the labels no better than chance",
 }
 
@@ -184,6 +185,10 @@ def _parts(logits: Array, labels: NDArray[np.int64]) -> Any:
         yield logits[at : at + step], labels[at : at + step]
 
 
+def _of_label(part: Array, of: NDArray[np.int64]) -> Array:
+    return np.asarray(part[np.arange(len(of)), of])
+
+
 def _derivatives(logits: Array, labels: NDArray[np.int64], b: float) -> tuple[float, float]:
     """Return the gradient and the curvature of the mean NLL with respect to b = 1/T."""
     gradient = curvature = 0.0
@@ -204,11 +209,14 @@ def _solve(logits: Array, labels: NDArray[np.int64]) -> tuple[float, float, str]
     low, high = -_BOUND, _BOUND
     if _derivatives(logits, labels, 0.0)[0] >= 0:
         return 0.0, 0.0, "worse_than_uniform"
+    # By the logits, and not by a gradient at a bound, which underflows to 0. Ties count: with the
+    # label among the largest logits in every row the gradient is negative for every T.
+    if all((_of_label(part, of) == part.max(axis=1)).all() for part, of in _parts(logits, labels)):
+        return 0.0, 0.0, "separable"
     if _derivatives(logits, labels, math.exp(low))[0] >= 0:
         return 0.0, 0.0, "at_bound"
     if _derivatives(logits, labels, math.exp(high))[0] < 0:
-        right = all((part.argmax(axis=1) == of).all() for part, of in _parts(logits, labels))
-        return 0.0, 0.0, "separable" if right else "at_bound"
+        return 0.0, 0.0, "at_bound"
     u = 0.0
     for _ in range(_MAX_STEPS):
         b = math.exp(u)

@@ -135,6 +135,11 @@ def row_statistics(
             f"got logits of shape {logits.shape} and labels of shape {labels.shape}; needed (N, C) "
             "and (N,)"
         )
+    if not len(labels) or labels.min() < 0 or labels.max() >= logits.shape[1]:
+        found = f"{labels.min()}..{labels.max()}" if len(labels) else "no rows"
+        raise InvalidInputError(
+            f"got labels {found}; needed at least one row, and labels in 0..{logits.shape[1] - 1}"
+        )
     step = max(1, _CHUNK // logits.shape[1])
     parts = [
         _chunk_statistics(
@@ -151,14 +156,14 @@ def _chunk_statistics(
     logits: Array, labels: NDArray[np.int64], temperature: float
 ) -> RowStatistics:
     values = np.asarray(logits, dtype=np.float64)
-    predicted = values.argmax(axis=1)
-    rows = np.arange(len(values))
-    shifted = (values - values[rows, predicted][:, None]) / temperature
-    if not np.isfinite(shifted).all():
-        bad = int((~np.isfinite(shifted).all(axis=1)).sum())
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values).all(axis=1)).sum())
         raise InvalidInputError(
             f"got {bad} rows with NaN or infinite logits; remove them first (Predictions.invalid)"
         )
+    predicted = values.argmax(axis=1)
+    rows = np.arange(len(values))
+    shifted = (values - values[rows, predicted][:, None]) / temperature
     weights = np.exp(shifted)
     total = weights.sum(axis=1)
     weights /= total[:, None]

@@ -107,10 +107,14 @@ def read_artifact(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} was changed after it was saved: its content does not match its hash. Fit and "
             "save the guard again"
         )
-    manifest = json.loads(text)
-    if manifest.get("schema") != SCHEMA:
+    try:
+        manifest = json.loads(text)
+    except ValueError:
+        manifest = None
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
         raise ArtifactError(
-            f"{path} has schema {manifest.get('schema')!r}; this version reads {SCHEMA!r}. Fit the "
+            f"{path} has schema {schema!r}; this version reads {SCHEMA!r}. Fit the "
             "guard again with this version"
         )
     return tensors, manifest

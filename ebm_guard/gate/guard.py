@@ -36,6 +36,9 @@ from ebm_guard.ood import Energy, Score, make_score
 from ebm_guard.precision import KeepDouble
 from ebm_guard.predictions import Predictions, as_batch, predict
 
+# Apple's GPUs have no float64; decisions are made on the CPU there.
+_NO_DOUBLE = ("mps",)
+
 
 def wrap(
     model: Callable[..., Any],
@@ -161,7 +164,7 @@ class Guard(KeepDouble):
             "fingerprint": predictions.fingerprint,
             "labelled": predictions.labels is not None,
         }
-        return self
+        return self._beside_model()
 
     @torch.no_grad()
     def forward(self, x: Any) -> Decision:
@@ -236,6 +239,9 @@ class Guard(KeepDouble):
         """
         threshold = require_threshold(self.threshold)
         formulas.check_logits(logits)
+        if logits.device.type in _NO_DOUBLE:
+            logits = logits.cpu()
+            features = None if features is None else features.cpu()
         expected = self.facts.get("num_classes", logits.shape[1])
         if logits.shape[1] != expected:
             raise InvalidInputError(
@@ -323,7 +329,12 @@ class Guard(KeepDouble):
             state.calibrator,
         )
         guard.canary, guard.facts = state.canary, dict(state.facts)
-        return guard
+        return guard._beside_model()
+
+    def _beside_model(self) -> Guard:
+        """Keep the threshold's scores where the model is, so that a call copies nothing."""
+        device = None if self.classifier is None else self.classifier.device
+        return self if device is None or device.type in _NO_DOUBLE else self.to(device)
 
     def _require_classifier(self) -> EnergyClassifier:
         if self.classifier is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ebm_guard import registry
 from ebm_guard.calibration import Calibrator
-from ebm_guard.errors import ArtifactError, EbmGuardError, InvalidInputError
+from ebm_guard.errors import ArtifactError, EbmGuardError
 from ebm_guard.gate.artifact import SCHEMA, Canary, read_artifact, write_artifact
 from ebm_guard.gate.thresholds import Threshold
 from ebm_guard.model import EnergyClassifier, Preprocessing
@@ -105,14 +105,14 @@ def read_state(
         state = _rebuilt(tensors, manifest)
         stored = manifest["preprocessing"]
         preprocessing = None if stored is None else Preprocessing.from_dict(stored)
-    except (KeyError, TypeError, ValueError, AttributeError, InvalidInputError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{path} lacks what this version needs ({error}); fit the guard again"
         ) from None
     if model is None:
         return state
     classifier = EnergyClassifier(model, logits=logits, preprocessing=preprocessing)
-    _verify(Path(path), state.canary, classifier, manifest["model"])
+    _verify(Path(path), state.canary, classifier, manifest)
     return replace(state, classifier=classifier)
 
 
@@ -145,6 +145,11 @@ def describe_manifest(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rebuilt(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> GuardState:
+    for name in ("model", "facts", "score", "threshold"):
+        if not isinstance(manifest[name], dict):
+            raise TypeError(f"{name} is {manifest[name]!r}")
+    if "weights_sha256" not in manifest["model"] or "num_classes" not in manifest["facts"]:
+        raise KeyError("weights_sha256 or num_classes")
     score, calibrator, canary = manifest["score"], manifest["calibrator"], manifest["canary"]
     score_class: type[Score] = registry.get("score", score["name"]).load()
     fitted: Calibrator | None = None
@@ -173,23 +178,25 @@ def _part(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def _verify(
-    path: Path, canary: Canary | None, classifier: EnergyClassifier, model: Mapping[str, Any]
+    path: Path, canary: Canary | None, classifier: EnergyClassifier, manifest: Mapping[str, Any]
 ) -> None:
-    logits = None if canary is None else _run_canary(path, canary, classifier)
-    if canary is not None and logits is not None and logits.shape != canary.logits.shape:
-        raise ArtifactError(
-            f"{path} was fitted on {model['name']} with {canary.logits.shape[1]} classes; this "
-            f"{classifier.name} has {logits.shape[1]}"
-        )
+    model, classes = manifest["model"], manifest["facts"]["num_classes"]
     found = classifier.weights_hash()
     if model["weights_sha256"] != found:
         raise ArtifactError(
-            f"{path} was fitted on {model['name']} with weights {_short(model['weights_sha256'])}; "
+            f"{path} was fitted on {model['name']} ({classes} classes) with weights "
+            f"{_short(model['weights_sha256'])}; "
             f"this {classifier.name} has {_short(found)}. Its threshold means nothing here: load "
             "the model it was fitted on, or fit a new guard"
         )
-    if canary is None or logits is None:
+    if canary is None:
         return
+    logits = _run_canary(path, canary, classifier)
+    if logits.shape != canary.logits.shape:
+        raise ArtifactError(
+            f"{path} was fitted on {model['name']} with {classes} classes; this "
+            f"{classifier.name} has {logits.shape[1]}"
+        )
     if logits.dtype != canary.logits.dtype:
         raise ArtifactError(
             f"{path} was fitted on {canary.logits.dtype} logits; this model gives {logits.dtype}. "
@@ -212,7 +219,7 @@ def _run_canary(path: Path, canary: Canary, classifier: EnergyClassifier) -> Ten
     try:
         with torch.no_grad():
             return classifier(canary.inputs)
-    except EbmGuardError:
+    except (EbmGuardError, Warning):
         raise
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")

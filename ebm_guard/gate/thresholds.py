@@ -214,14 +214,19 @@ class Threshold(KeepDouble):
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Threshold:
         """Rebuild a fitted threshold."""
+        scores, cut = tensors["scores"], tensors["cut"]
+        if scores.ndim != 1 or cut.ndim != 0 or not 1 <= int(settings["rank"]) <= len(scores):
+            raise ValueError(
+                f"threshold of rank {settings['rank']} in {tuple(scores.shape)} scores"
+            )
         threshold = cls(
-            tensors["scores"],
+            scores,
             int(settings["rank"]),
             str(settings["method"]),
             float(settings["false_reject_rate"]),
             settings["assurance"],
         )
-        threshold.cut.copy_(tensors["cut"])
+        threshold.cut.copy_(cut)
         return threshold
 
 

@@ -22,7 +22,10 @@ from ebm_guard.errors import ModelOutputError
 _HEAD_NAMES = ("classifier", "fc", "head", "heads", "score", "linear", "last_linear")
 # Relative to max |logits|; half-precision models round each product.
 _TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
-_VARIATION = 100.0
+# Differences between rows below this share of max |logits| drown in rounding.
+_ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 0.1, torch.bfloat16: 0.3}
+# A wrong layer misses by about the spread itself, the right one by rounding alone.
+_OF_SPREAD = 0.1
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def find_head(model: object, run: Callable[[], Tensor]) -> Head:
 
     Order: ``get_classifier()`` (timm), usual attribute names (torchvision, Hugging Face), every
     executed layer with C outputs from the last to the first, all of them averaged. The first whose
-    ``features @ W.T + b`` equals the logits within 1e-4 max |logits| (float32) is taken.
+    ``features @ W.T + b`` equals the logits within 1e-4 max |logits| (float32), and within a tenth
+    of what they differ between rows, is taken.
 
     Args:
         model: the user's model.
@@ -174,11 +178,13 @@ def _verified(head: Head, inputs: dict[nn.Module, list[Tensor]], logits: Tensor)
         return False
     rebuilt = features @ head.weight.detach().double().T + head.bias.detach().double()
     error = float((rebuilt - logits.double()).abs().max())
-    return error <= _tolerance(logits)
+    tolerance = _TOLERANCE.get(logits.dtype, 1e-4) * float(logits.abs().max())
+    return error <= min(tolerance, _OF_SPREAD * _spread(logits))
 
 
-def _tolerance(logits: Tensor) -> float:
-    return _TOLERANCE.get(logits.dtype, 1e-4) * float(logits.abs().max())
+def _spread(logits: Tensor) -> float:
+    values = logits.double()
+    return float((values.amax(dim=0) - values.amin(dim=0)).max())
 
 
 def _probe_problem(logits: Tensor) -> str:
@@ -186,8 +192,8 @@ def _probe_problem(logits: Tensor) -> str:
         return f"the probe batch has {len(logits)} row; give a batch of two or more"
     if not torch.isfinite(logits).all():
         return "the logits of the probe batch are not finite"
-    spread = float((logits.double().amax(dim=0) - logits.double().amin(dim=0)).max())
-    if spread <= min(_VARIATION * _tolerance(logits), 0.5 * float(logits.abs().max())):
+    spread = _spread(logits)
+    if spread <= _ROUNDING.get(logits.dtype, 0.1) * float(logits.abs().max()):
         return (
             f"the logits vary by only {spread:.3g} between the rows of the probe batch, so any "
             "layer would pass"

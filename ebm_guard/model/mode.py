@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 from torch import nn
 
@@ -14,16 +14,20 @@ from ebm_guard.errors import EbmGuardWarning
 
 
 class _Switch:
-    """The lock of one module, and a counter that is odd while its flags are switched."""
+    """Which modules are switched right now, for the whole process.
+
+    One lock for all models: a model and a wrapper around it share their parts. ``generation`` is
+    odd while flags are switched.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.generation = 0
-        self.warned = False
+        self.parts: frozenset[nn.Module] = frozenset()
 
 
-_switches: WeakKeyDictionary[nn.Module, _Switch] = WeakKeyDictionary()
-_switches_lock = threading.Lock()
+_switch = _Switch()
+_warned: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -32,8 +36,9 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
     A module already in eval mode is neither locked nor touched. A module with any part in train
     mode is locked for the whole pass, so concurrent calls take turns; a call that finds eval
-    flags only because another call has switched them waits as well (the generation counter tells
-    the two apart). The first such call warns that ``model.eval()`` allows concurrent use.
+    flags only because another call has switched them waits as well (the generation counter and
+    the set of switched parts tell the two apart). The first such call warns that ``model.eval()``
+    allows concurrent use.
 
     Args:
         module: the user's model.
@@ -44,19 +49,22 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         ...     model.training
         False
     """
-    switch = _switch_of(module)
-    before = switch.generation
-    training = any(part.training for part in module.modules())
-    if not training and before % 2 == 0 and switch.generation == before:
+    before, switched = _switch.generation, _switch.parts
+    parts = list(module.modules())
+    training = any(part.training for part in parts)
+    crossing = before % 2 == 1 and not switched.isdisjoint(parts)
+    if not training and not crossing and _switch.generation == before:
         yield
         return
-    with switch.lock:
-        flags = [(part, part.training) for part in module.modules()]
-        if not any(flag for _, flag in flags):
+    with _switch.lock:
+        flags = [(part, part.training) for part in parts]
+        # Re-entrant: a model that calls a guard on a part of itself is switched already.
+        if _switch.generation % 2 == 1 or not any(flag for _, flag in flags):
             yield
             return
-        _warn_once(switch)
-        switch.generation += 1
+        _warn_once(module)
+        _switch.parts = frozenset(parts)
+        _switch.generation += 1
         try:
             for part, _ in flags:
                 part.training = False
@@ -64,20 +72,13 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         finally:
             for part, flag in flags:
                 part.training = flag
-            switch.generation += 1
+            _switch.generation += 1
+            _switch.parts = frozenset()
 
 
-def _switch_of(module: nn.Module) -> _Switch:
-    switch = _switches.get(module)
-    if switch is None:
-        with _switches_lock:
-            switch = _switches.setdefault(module, _Switch())
-    return switch
-
-
-def _warn_once(switch: _Switch) -> None:
-    if not switch.warned:
-        switch.warned = True
+def _warn_once(module: nn.Module) -> None:
+    if module not in _warned:
+        _warned.add(module)
         warnings.warn(
             "the model is in train mode; each call switches it to eval mode, holds a lock, and "
             "restores it. Call model.eval() once to allow concurrent calls",

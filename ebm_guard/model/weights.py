@@ -30,13 +30,17 @@ def weights_hash(model: object) -> str | None:
     """
     if not isinstance(model, nn.Module):
         return None
-    state = {_bare(name): value for name, value in model.state_dict().items()}
-    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    # A list and not a dict: two names may differ by their prefix alone.
+    state = sorted(
+        ((_bare(name), name, value) for name, value in model.state_dict().items()),
+        key=lambda item: item[:2],
+    )
+    tensors = [(name, value) for name, _, value in state if isinstance(value, torch.Tensor)]
     if not tensors:
         return None
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+    for name, value in tensors:
+        tensor = value.detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"

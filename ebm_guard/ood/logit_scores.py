@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ebm_guard import registry
-from ebm_guard.energy import energy, log_odds, log_probabilities
+from ebm_guard.energy import check_logits, energy, log_odds, log_probabilities
 from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.precision import KeepDouble
 from ebm_guard.predictions import Predictions, chunks
@@ -143,6 +143,7 @@ class MaxLogit(Score):
 
     def score(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
         """Return the negative maximum logit (B,)."""
+        check_logits(logits)
         return -logits.to(torch.promote_types(logits.dtype, torch.float32)).amax(dim=-1)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -60,14 +61,15 @@ def predict(
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     dtype = "float32"
+    rows: Iterator[Batch] = map(as_batch, data)
+    if features:
+        rows = _probed(classifier, rows)
     with track(f"predict {source}", total, enabled=progress) as advance:
-        for batch in map(as_batch, data):
+        for batch in rows:
             skipped.extend(batch.skipped)
             advance(len(batch.skipped))
             if not len(batch.inputs):
                 continue
-            if features:
-                classifier.probe_head(batch.inputs)
             with _autocast(classifier, enabled=amp):
                 output = classifier.forward(batch.inputs, features=features)
             if not columns["logits"].n:
@@ -95,6 +97,18 @@ def predict(
         skipped=tuple(skipped),
         source=source,
     )
+
+
+def _probed(classifier: EnergyClassifier, rows: Iterator[Batch]) -> Iterator[Batch]:
+    """Find the head on the first two or more rows, before any batch is run with features."""
+    first: list[Batch] = []
+    for batch in rows:
+        first.append(batch)
+        inputs = [part.inputs for part in first if len(part.inputs)]
+        if sum(map(len, inputs)) >= 2:
+            classifier.probe_head(inputs[0] if len(inputs) == 1 else torch.cat(inputs))
+            break
+    return itertools.chain(first, rows)
 
 
 def as_batch(item: Any) -> Batch:
@@ -169,7 +183,10 @@ class _Column:
             return np.concatenate(self._parts)
         self._file.flush()
         shape = (self.n, *self._like.shape[1:])
-        return np.memmap(self._file, dtype=self._like.dtype, mode="r", shape=shape)
+        mapped = np.memmap(self._file, dtype=self._like.dtype, mode="r", shape=shape)
+        # The map keeps the data alive; the handle is not needed any more.
+        self._file.close()
+        return mapped
 
 
 def _to_numpy(values: Tensor) -> Array:

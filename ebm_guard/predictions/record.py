@@ -122,10 +122,12 @@ class Predictions:
         """
         folder = Path(folder)
         with replace_folder(folder, marker="predictions.json") as new:
+            files = {}
             for name in COLUMNS:
                 column = getattr(self, name)
                 if column is not None:
                     np.save(new / f"{name}.npy", column, allow_pickle=False)
+                    files[name] = _hash_file(new / f"{name}.npy")
             header = {
                 "schema": SCHEMA,
                 "kind": self.kind,
@@ -138,6 +140,7 @@ class Predictions:
                 "skipped": self.skipped,
                 "notes": dict(self.notes),
                 "fingerprint": self.fingerprint,
+                "files": files,
             }
             text = json.dumps(header, indent=1, allow_nan=False)
             (new / "predictions.json").write_text(text)
@@ -153,15 +156,19 @@ class Predictions:
         folder = Path(folder)
         try:
             header = json.loads((folder / "predictions.json").read_text())
-            columns = {
-                name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in COLUMNS
-                if (folder / f"{name}.npy").exists()
-            }
             if header["schema"] != SCHEMA:
                 raise DataError(
                     f"{folder} has schema {header['schema']!r}; this version reads {SCHEMA!r}"
                 )
+            columns: dict[str, Any] = {}
+            for name, digest in header["files"].items():
+                file = folder / f"{name}.npy"
+                if name not in COLUMNS or _hash_file(file) != digest:
+                    raise DataError(
+                        f"cannot read predictions from {folder}: {file.name} was edited or "
+                        "damaged after it was saved; run the prediction again"
+                    )
+                columns[name] = np.load(file, mmap_mode="r", allow_pickle=False)
             loaded = cls(
                 **columns,
                 kind=header["kind"],
@@ -172,11 +179,11 @@ class Predictions:
                 skipped=tuple((str(name), str(error)) for name, error in header["skipped"]),
                 notes=header["notes"],
             )
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
             if isinstance(error, EbmGuardError):
                 raise
             raise DataError(f"cannot read predictions from {folder}: {error}") from None
-        if loaded.fingerprint != header["fingerprint"]:
+        if loaded.fingerprint != header.get("fingerprint"):
             raise DataError(f"{folder} was edited: its rows do not match its fingerprint")
         return loaded
 
@@ -214,6 +221,11 @@ def check_labels(labels: NDArray[np.int64] | None, num_classes: int, source: str
             f"{bad[0]} has {labels[bad[0]]}); the model has {num_classes} classes. Select or remap "
             "classes with npz:FILE?classes=..., or take the right model"
         )
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_rows(rows: Array) -> NDArray[np.uint64]:
