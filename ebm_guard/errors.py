@@ -48,8 +48,22 @@ class DataError(EbmGuardError):
     """A data source is missing, unreadable, or holds impossible values."""
 
 
+class TooFewRowsError(InvalidInputError):
+    """Too few calibration rows for what a threshold is asked to promise."""
+
+
 class EbmGuardWarning(UserWarning):
     """Something works, but the user should know about it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none.
+
+    Example:
+        >>> first_line(EOFError())
+        'EOFError'
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

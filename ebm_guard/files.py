@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ebm_guard.errors import DataError
@@ -31,6 +31,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     new: Path | None = None
+    made = _missing_parents(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not tempfile: it makes private files, and a result is as readable as any other file.
@@ -43,6 +44,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     finally:
         if new is not None:
             new.unlink(missing_ok=True)
+        _remove_empty(made)
 
 
 @contextmanager
@@ -70,6 +72,7 @@ def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
             f"{folder} exists and holds other files; nothing was written. Choose a new folder"
         )
     new: Path | None = None
+    made = _missing_parents(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         new = _beside(folder)
@@ -81,6 +84,7 @@ def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
+        _remove_empty(made)
 
 
 def check_writable(path: str | Path) -> None:
@@ -132,6 +136,18 @@ def _swap(new: Path, folder: Path) -> None:
         old.replace(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _missing_parents(path: Path) -> list[Path]:
+    """Return the folders that will have to be made, the innermost first."""
+    return [parent for parent in path.parents if not parent.exists()]
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Take back folders that were made for a result that did not come."""
+    for folder in made:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _beside(path: Path) -> Path:

@@ -143,12 +143,13 @@ def test_classifier_configuration():
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
     assert model.pretrained_cfg == {
+        "label_names": demo.DEMO_CLASSES,
+        "architecture": "demo_digits_convnet",
         "mean": (demo.DEMO_MEAN,),
         "std": (demo.DEMO_STD,),
         "input_size": (1, 8, 8),
         "crop_pct": 1.0,
         "interpolation": "bilinear",
-        "architecture": "demo_digits_convnet",
     }
     assert list(model.modules())[-1] is model.fc
     assert type(model.fc) is torch.nn.Linear

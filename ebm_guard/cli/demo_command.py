@@ -62,10 +62,13 @@ def command(output: str, quiet: bool, as_json: bool) -> None:
     decided = {}
     with replace_file(folder / "decisions.jsonl") as new, new.open("w") as file:
         for name in ("evaluation", *_OOD):
-            batch = next(iter(session.batches(session.sources[name])))
-            decision = guard(batch.inputs)
-            decided[name] = decision.rows(batch.ids)[:_SHOWN]
-            for row in decision.rows(batch.ids):
+            rows = [
+                row
+                for batch in session.batches(session.sources[name])
+                for row in guard(batch.inputs).rows(batch.ids)
+            ]
+            decided[name] = rows[:_SHOWN]
+            for row in rows:
                 file.write(json.dumps({"set": name, **row}, allow_nan=False) + "\n")
     if not as_json:
         _show_decisions(decided)

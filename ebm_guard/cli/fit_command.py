@@ -15,7 +15,9 @@ from ebm_guard.cli.options import SPEC_HELP, ModelOptions, gate_options, json_op
     help=f"ID data that the model was not trained on: {SPEC_HELP}.",
 )
 @click.option("--no-canary", is_flag=True, help="Keep no inputs in the artefact.")
-@click.option("-o", "--output", required=True, metavar="GUARD.safetensors")
+@click.option(
+    "-o", "--output", required=True, metavar="GUARD.safetensors", help="Where the guard goes."
+)
 @gate_options
 @json_option
 @model_options

@@ -80,7 +80,14 @@ _MODEL_OPTIONS = (
     click.option(
         "--img-size", type=int, help="Input side in pixels; default: the model's pretrained_cfg."
     ),
-    click.option("-b", "--batch-size", type=click.IntRange(min=1), default=256, show_default=True),
+    click.option(
+        "-b",
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=256,
+        show_default=True,
+        help="Images per forward pass.",
+    ),
     click.option(
         "-j",
         "--workers",

@@ -35,10 +35,14 @@ _CHUNK = 4096
 @click.argument("guard_path", metavar="GUARD")
 @click.option("--data", required=True, metavar="SPEC", help=f"What to decide on: {SPEC_HELP}.")
 @click.option(
-    "--format", "file_format", type=click.Choice(["jsonl", "csv"]), default="jsonl",
+    "--format",
+    "file_format",
+    type=click.Choice(["jsonl", "csv"]),
+    default="jsonl",
     show_default=True,
-)  # fmt: skip
-@click.option("-o", "--output", required=True, metavar="FILE")
+    help="A JSON object or a CSV line for each row.",
+)
+@click.option("-o", "--output", required=True, metavar="FILE", help="Where the rows go.")
 @json_option
 @model_options
 def command(
@@ -131,6 +135,7 @@ def _stored_rows(session: Session, guard: Guard, data: str) -> Iterator[dict[str
     import torch
 
     part = session.predictions(data, "evaluation", "data")
+    guard.score.check_kind(part)
     for start in range(0, len(part), _CHUNK):
         block = torch.from_numpy(np.array(part.logits[start : start + _CHUNK]))
         yield from guard.decide(block).rows(part.names(range(start, start + len(block))))

@@ -35,7 +35,7 @@ from ebm_guard.cli.options import SPEC_HELP, ModelOptions, gate_options, json_op
 @click.option("--allow-unclear", is_flag=True, help="Let bounds inside an interval pass.")
 @click.option("--save-predictions", metavar="DIR", help="Keep logits and features for later runs.")
 @click.option("--no-images", is_flag=True, help="No thumbnails in the report.")
-@click.option("--title", default="Reliability report", show_default=True)
+@click.option("--title", default="Reliability report", show_default=True, help="Heading.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Where the report goes.")
 @gate_options
 @json_option

@@ -23,6 +23,7 @@ from ebm_guard.errors import (
     EbmGuardWarning,
     InvalidInputError,
     ModelOutputError,
+    first_line,
 )
 from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier, Preprocessing
@@ -30,6 +31,10 @@ from ebm_guard.model.loading import load_model
 from ebm_guard.predictions import Predictions, predict, stored_predictions
 
 _PROBE_ROWS = 8
+_NO_MODEL = (
+    "no --model was given; images need one (a timm name, module:factory or file.py:factory). Only "
+    "demo:, logits: and predictions: do without"
+)
 
 
 class Session:
@@ -46,6 +51,7 @@ class Session:
     ) -> None:
         self.options = options
         self.sources: dict[str, ImageSource] = {}
+        self._limited: set[str] = set()
         self._rows: dict[str, dict[str, int]] = {}
         parsed = [parse_spec(text) for text in specs]
         needs_model = any(spec.kind not in STORED_KINDS for spec in parsed)
@@ -87,7 +93,7 @@ class Session:
                 amp=self.options.amp,
                 source=text,
             )
-        return self._described(part, source, role)
+        return self._described(part, source, role, name)
 
     def open(self, spec: Spec, role: str, name: str) -> ImageSource:
         """Open an image source, cut to ``--limit`` rows, and remember it for the gallery."""
@@ -100,6 +106,7 @@ class Session:
             generator = np.random.default_rng(self.options.seed)
             rows = np.sort(generator.choice(len(source), limit, replace=False))
             source = source.subset(rows)
+            self._limited.add(name)
         self.sources[name] = source
         return source
 
@@ -138,30 +145,36 @@ class Session:
             InvalidInputError: none was given.
         """
         if self.classifier is None:
-            raise InvalidInputError(
-                "no --model was given; images need one (a timm name, module:factory or "
-                "file.py:factory). Only demo:, logits: and predictions: do without"
-            )
+            raise InvalidInputError(_NO_MODEL)
         return self.classifier
 
     def _model(self, specs: list[Spec]) -> nn.Module:
         options = self.options
-        if options.model is None:
-            if all(spec.kind in ("demo", *STORED_KINDS) for spec in specs):
-                from ebm_guard.data.demo import demo_classifier
-
-                return demo_classifier()
-            self.classifier = None
-            self.require_classifier()
-        model = load_model(
-            options.model or "",
-            checkpoint=options.checkpoint,
-            pretrained=options.pretrained,
-            num_classes=options.num_classes,
-        )
+        if options.model is not None:
+            model = load_model(
+                options.model,
+                checkpoint=options.checkpoint,
+                pretrained=options.pretrained,
+                num_classes=options.num_classes,
+            )
+        elif all(spec.kind in ("demo", *STORED_KINDS) for spec in specs):
+            model = self._demo_model()
+        else:
+            raise InvalidInputError(_NO_MODEL)
         if options.device is not None:
             model = model.to(_device(options.device))
         return model.to(memory_format=torch.channels_last) if options.channels_last else model
+
+    def _demo_model(self) -> nn.Module:
+        from ebm_guard.data.demo import demo_classifier
+
+        options = self.options
+        if options.checkpoint or options.pretrained or options.num_classes:
+            raise InvalidInputError(
+                "got --checkpoint, --pretrained or --num-classes without --model; demo: brings its "
+                "own classifier"
+            )
+        return demo_classifier()
 
     def _preprocessing(self, model: nn.Module) -> Preprocessing | None:
         base, overrides = Preprocessing.from_model(model), self._overrides()
@@ -194,9 +207,11 @@ class Session:
                     "guard"
                 )
 
-    def _described(self, part: Predictions, source: ImageSource, role: str) -> Predictions:
+    def _described(
+        self, part: Predictions, source: ImageSource, role: str, name: str
+    ) -> Predictions:
         notes: dict[str, Any] = {}
-        if self.options.limit is not None and len(source) == self.options.limit:
+        if name in self._limited:
             notes["limit"] = self.options.limit
         if role == "ood":
             notes["class_match"] = "labels of OOD sets are not used"
@@ -220,10 +235,9 @@ def model_errors(text: str) -> Iterator[None]:
     except EbmGuardError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        first = next(iter(str(error).splitlines()), "")
         raise ModelOutputError(
-            f"the model failed on {text}: {type(error).__name__}: {first}. Check --img-size, the "
-            "number of channels (--mean), and --device"
+            f"the model failed on {text}: {type(error).__name__}: {first_line(error)}. Check "
+            "--img-size, the number of channels (--mean), and --device"
         ) from error
 
 
@@ -272,6 +286,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = next(iter(str(error).splitlines()), "")
-        raise InvalidInputError(f"got --device {name!r}, which cannot be used: {first}") from None
+        raise InvalidInputError(
+            f"got --device {name!r}, which cannot be used: {first_line(error)}"
+        ) from None
     return device

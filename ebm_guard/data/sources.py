@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
+import re
+import struct
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +22,21 @@ from ebm_guard.errors import DataError, InvalidInputError, suggest
 __all__ = ["ImageSource", "Spec", "open_source", "parse_spec"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+_INTEGER = re.compile(r"-?[0-9]+")
+# Whatever the zip module and its decompressors raise on damaged files.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+)
 # What a bare `demo:` means for each option.
 _DEMO_ROLES = {"fit": "train", "validation": "calibration", "ood": "far_ood"}
 Array = NDArray[Any]
@@ -184,13 +203,19 @@ def _images_in(folder: Path, *, deep: bool) -> list[Path]:
 
 
 def _open_list(spec: Spec, path: Path) -> ImageSource:
+    if not path.is_file():
+        raise DataError(f"got spec {spec.text!r}; {path} is a folder, a text file was needed")
     files: list[Path] = []
     labels: list[int | None] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"got spec {spec.text!r}; cannot read {path}: {error}") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         name, _, last = line.strip().rpartition(" ")
-        if name and last.lstrip("-").isdigit():
+        if name and _INTEGER.fullmatch(last):
             labels.append(int(last))
         else:
             name = line.strip()
@@ -215,12 +240,39 @@ def read_npz(spec: Spec, path: Path, names: Sequence[str]) -> dict[str, Array]:
         DataError: not an npz file, damaged, or an array holds Python objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
+        # Opened here: numpy leaves its own handle open when it fails half-way.
+        with path.open("rb") as handle:
+            file = np.load(handle, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"got {path}, a single array; needed an .npz file (np.savez)")
             return {name: file[name] for name in names if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except _DAMAGED as error:
         raise DataError(f"got spec {spec.text!r}; cannot read {path}: {error}") from None
+
+
+def npz_names(path: Path) -> list[str]:
+    """Return the names of the arrays in an npz file."""
+    with path.open("rb") as handle, zipfile.ZipFile(handle) as file:
+        return [name.removesuffix(".npy") for name in file.namelist()]
+
+
+def integer_labels(labels: Array, n: int, source: str) -> NDArray[np.int64]:
+    """Check that labels are one integer per row.
+
+    Raises:
+        DataError: another shape, or names or fractions instead of class numbers.
+    """
+    if labels.shape != (n,):
+        raise DataError(
+            f"got {source} with {n} rows of data and labels of shape {labels.shape}; needed one "
+            "label a row"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"got {source} with {labels.dtype} labels; needed integer class numbers. Names of "
+            "classes go into the array `classes`, in the order of the numbers"
+        )
+    return labels.astype(np.int64)
 
 
 def _open_npz(spec: Spec, path: Path) -> ImageSource:
@@ -228,8 +280,7 @@ def _open_npz(spec: Spec, path: Path) -> ImageSource:
     wanted = (f"{prefix}images", f"{prefix}labels", "classes")
     arrays = read_npz(spec, path, wanted)
     if wanted[0] not in arrays:
-        with np.load(path, allow_pickle=False) as file:
-            held = list(file.files)
+        held = npz_names(path)
         raise DataError(
             f"got spec {spec.text!r}; {path.name} holds {', '.join(held)}, needed {wanted[0]!r}"
             f"{suggest(wanted[0], held)}. A split is named with #: npz:FILE#test; stored logits "
@@ -237,13 +288,8 @@ def _open_npz(spec: Spec, path: Path) -> ImageSource:
         )
     images = _checked_images(spec, arrays[wanted[0]])
     labels = arrays.get(wanted[1])
-    if labels is not None and labels.shape != (len(images),):
-        raise DataError(
-            f"got spec {spec.text!r} with {len(images)} images and labels of shape {labels.shape}; "
-            "needed one label per image"
-        )
     names = tuple(map(str, arrays["classes"])) if "classes" in arrays else None
-    labels = None if labels is None else labels.astype(np.int64)
+    labels = None if labels is None else integer_labels(labels, len(images), spec.text)
     rows, labels, names = _selected(spec, len(images), labels, names)
     return ArraySource(spec.text, images[rows], rows, labels, names)
 
@@ -273,7 +319,7 @@ def _selected(
         if labels is None:
             raise DataError(f"got spec {spec.text!r}; ?classes= needs labels, the file has none")
         missing = sorted(set(spec.classes) - set(labels.tolist()))
-        if missing:
+        if missing and len(labels):
             raise DataError(
                 f"got spec {spec.text!r}; no row has label {', '.join(map(str, missing))}; the "
                 f"labels are {int(labels.min())}..{int(labels.max())}"

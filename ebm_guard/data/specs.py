@@ -13,7 +13,9 @@ IMAGE_KINDS = ("folder", "list", "npz", "demo")
 STORED_KINDS = ("logits", "predictions")
 KINDS = IMAGE_KINDS + STORED_KINDS
 _TIMM_READERS = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
-_SLICE = re.compile(r"^(?P<rest>.*)\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>-?\d*))?\]$")
+_SLICE = re.compile(
+    r"^(?P<rest>.*)\[(?P<start>(?:-?\d{1,12})?):(?P<stop>(?:-?\d{1,12})?)(?::(?P<step>(?:-?\d{1,12})?))?\]$"
+)
 _HELP = (
     "a spec is [folder:]PATH, list:FILE, npz:FILE[#split][SLICE][?classes=0-7], "
     "logits:FILE[SLICE], predictions:DIR[SLICE], or demo:[ROLE]"
@@ -82,20 +84,28 @@ def existing_path(spec: Spec) -> Path:
         DataError: nothing is there; near names in the same folder are suggested.
     """
     path = Path(os.path.expandvars(spec.path)).expanduser()
-    if path.exists():
+    if _exists(path):
         return path
     parent = path.parent
-    while not parent.exists():
+    while not _exists(parent):
         path, parent = parent, parent.parent
     near = suggest(path.name, (item.name for item in parent.iterdir())) if parent.is_dir() else ""
     raise DataError(f"got spec {spec.text!r}; {path.name!r} does not exist in {parent}{near}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        # A name that is too long, or that holds a zero byte, is no file's name.
+        return False
 
 
 def _split_kind(text: str) -> tuple[str, str]:
     head, colon, rest = text.partition(":")
     if colon and head in KINDS:
         return head, rest
-    if colon and head.isalpha() and len(head) > 1 and not Path(text).exists():
+    if colon and head.isalpha() and len(head) > 1 and not _exists(Path(text)):
         raise InvalidInputError(
             f"got kind {head!r} in spec {text!r}{suggest(head, KINDS)}; {_HELP}"
         )
@@ -122,7 +132,7 @@ def _parse_query(text: str, query: str) -> tuple[int, ...]:
     key, _, value = query.partition("=")
     labels: list[int] = []
     for part in value.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip())
         if key != "classes" or match is None:
             raise InvalidInputError(
                 f"got {query!r} in spec {text!r}; needed ?classes= with labels and ranges, such as "

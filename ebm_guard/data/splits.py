@@ -62,10 +62,12 @@ def check_disjoint(
         >>> check_disjoint(one, one + np.uint64(5), ("a", "b")) is None
         True
     """
-    shared = len(np.intersect1d(first, second))
+    # Rows, and not distinct contents: a set may hold the same row many times.
+    inside = [np.isin(one, other) for one, other in ((first, second), (second, first))]
+    shared = min(int(part.sum()) for part in inside)
     if shared == 0:
         return None
-    if shared > _DUPLICATES_ALLOWED * min(len(first), len(second)):
+    if max(float(part.mean()) for part in inside) > _DUPLICATES_ALLOWED:
         raise DataError(
             f"{what[0]} and {what[1]} share {shared} rows; a figure measured on rows that "
             "something was fitted on is too good. Give disjoint data, for example slices of one "
@@ -104,6 +106,10 @@ def match_classes(
         side = "the data" if data is None else "the model"
         count = "" if data is None else f"; the count was compared: {len(data)} of {num_classes}"
         return None, f"{side} has no class names, labels are taken as class numbers{count}"
+    if [_key(name) for name in data] == [_key(name) for name in model]:
+        return None, f"{len(data)} class names of data and model agree, in order"
+    if len({_key(name) for name in data}) < len(data):
+        return None, "class names of the data occur twice, labels are taken by their order"
     place = {_key(name): number for number, name in enumerate(model)}
     found = [place.get(_key(name)) for name in data]
     known = [number for number in found if number is not None]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ebm_guard import registry
 from ebm_guard.calibration import Calibrator
-from ebm_guard.errors import ArtifactError, EbmGuardError
+from ebm_guard.errors import ArtifactError, EbmGuardError, first_line
 from ebm_guard.gate.artifact import SCHEMA, Canary, read_artifact, write_artifact
 from ebm_guard.gate.thresholds import Threshold
 from ebm_guard.model import EnergyClassifier, Preprocessing
@@ -222,8 +222,7 @@ def _run_canary(path: Path, canary: Canary, classifier: EnergyClassifier) -> Ten
     except (EbmGuardError, Warning):
         raise
     except Exception as error:
-        first = next(iter(str(error).splitlines()), "")
         raise ArtifactError(
             f"{path}: this model cannot run on the inputs that the guard was fitted on "
-            f"({type(error).__name__}: {first}); it is another model"
+            f"({type(error).__name__}: {first_line(error)}); it is another model"
         ) from error

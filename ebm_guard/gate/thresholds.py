@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard import registry
-from ebm_guard.errors import InvalidInputError, NotFittedError
+from ebm_guard.errors import InvalidInputError, NotFittedError, TooFewRowsError
 from ebm_guard.intervals import Array
 from ebm_guard.precision import KeepDouble
 
@@ -133,8 +133,8 @@ class Threshold(KeepDouble):
             assurance: for ``pac``, the probability that the target is met, in (0, 1).
 
         Raises:
-            InvalidInputError: too few rows for the promise (the error names the number needed),
-                non-finite scores, or rates out of range.
+            TooFewRowsError: too few rows for the promise; the error names the number needed.
+            InvalidInputError: non-finite scores, or rates out of range.
         """
         rule = registry.get("threshold", method).load()
         _check_rates(false_reject_rate, assurance)
@@ -150,7 +150,7 @@ class Threshold(KeepDouble):
         needed = minimum_rows(method, false_reject_rate, assurance)
         if n < needed or rank > n:
             promise = f" with assurance {assurance:g}" if method == "pac" else ""
-            raise InvalidInputError(
+            raise TooFewRowsError(
                 f"got {n} calibration rows; a {method} threshold for a false reject rate of "
                 f"{false_reject_rate:g}{promise} needs at least {needed}. Give more ID rows, or "
                 "allow a higher false_reject_rate"

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ebm_guard.errors import DataError, InvalidInputError, UnsupportedModelError, suggest
+from ebm_guard.errors import (
+    DataError,
+    InvalidInputError,
+    UnsupportedModelError,
+    first_line,
+    suggest,
+)
 
 _TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -98,7 +104,7 @@ def _read_state(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
         raise DataError(
-            f"cannot read checkpoint {path}: {str(error).splitlines()[0]}. Only tensors are loaded "
+            f"cannot read checkpoint {path}: {first_line(error)}. Only tensors are loaded "
             "(weights_only=True), never pickled objects: save model.state_dict() as .safetensors"
         ) from None
     for key in _NESTED:
@@ -106,6 +112,8 @@ def _read_state(path: Path) -> dict[str, Any]:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise DataError(f"checkpoint {path} holds a {type(loaded).__name__}; needed a state dict")
+    if not all(isinstance(key, str) for key in loaded):
+        raise DataError(f"checkpoint {path} is not a state dict: its keys are not all names")
     return dict(loaded)
 
 
@@ -175,7 +183,7 @@ def _from_timm(name: str, *, pretrained: bool, num_classes: int | None) -> nn.Mo
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
     except (RuntimeError, OSError, ValueError) as error:
         raise InvalidInputError(
-            f"timm cannot create {name!r}: {str(error).splitlines()[0]}. Without a network leave "
+            f"timm cannot create {name!r}: {first_line(error)}. Without a network leave "
             "out --pretrained and give the weights with --checkpoint"
         ) from error
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,6 +110,11 @@ class Preprocessing:
         if pixels.numel() == 0:
             return
         low, high = float(pixels.min()), float(pixels.max())
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise InvalidInputError(
+                "got pixels that hold NaN or infinite values; needed [0, 1]. Look for a division "
+                "by zero where the images are prepared"
+            )
         if low >= 0 and high <= 1:
             return
         if low < 0:

@@ -46,6 +46,18 @@ class Score(KeepDouble):
         """Score rows; see :meth:`score`."""
         return self.score(logits, features)
 
+    def check_kind(self, predictions: Predictions) -> None:
+        """Refuse stored probabilities where the score needs logits.
+
+        Raises:
+            DataError: with the way out.
+        """
+        if predictions.kind == "probs" and not self.from_probabilities:
+            raise DataError(
+                f"{self.name} is not available on {predictions.source}: needs logits, got "
+                "probabilities. Store the logits, or use msp or gen"
+            )
+
     @torch.no_grad()
     def of(self, predictions: Predictions) -> NDArray[np.float64]:
         """Score all rows of stored predictions, (N,) float64.
@@ -53,11 +65,7 @@ class Score(KeepDouble):
         Raises:
             DataError: the score needs logits, and only probabilities were stored.
         """
-        if predictions.kind == "probs" and not self.from_probabilities:
-            raise DataError(
-                f"{self.name} is not available on {predictions.source}: needs logits, got "
-                "probabilities. Store the logits, or use msp or gen"
-            )
+        self.check_kind(predictions)
         parts = [
             self.score(torch.from_numpy(np.array(part))).double().numpy()
             for part in chunks(predictions.logits)

@@ -134,6 +134,8 @@ def auroc_difference(
     """
     id_parts, values, variance = [], [], 0.0
     for first, second in zip(ood_first, ood_second, strict=True):
+        _checked(id_first, first)
+        _checked(id_second, second)
         id_a, ood_a = placements(id_first, first)
         id_b, ood_b = placements(id_second, second)
         id_parts.append(id_a - id_b)

@@ -63,6 +63,11 @@ class Predictions:
             column = getattr(self, name)
             if column is not None and len(column) != n:
                 raise DataError(f"{self.source}: got {n} rows of logits and {len(column)} {name}")
+        if self.classes is not None and len(self.classes) != num_classes:
+            raise DataError(
+                f"{self.source}: got {len(self.classes)} class names (classes) for {num_classes} "
+                "logits"
+            )
         check_labels(self.labels, num_classes, self.source)
         if self.hashes is None:
             object.__setattr__(self, "hashes", hash_rows(self.logits))

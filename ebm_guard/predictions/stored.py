@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ebm_guard.data.sources import read_npz
+from ebm_guard.data.sources import integer_labels, read_npz
 from ebm_guard.data.specs import Spec, existing_path
 from ebm_guard.errors import DataError, UnsupportedModelError
 from ebm_guard.model.classifier import check_kind
@@ -33,10 +33,9 @@ def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
         loaded = loaded if labelled else replace(loaded, labels=None)
     if spec.rows is None:
         return loaded
-    kept = loaded.select(spec.rows)
-    if not len(kept):
+    if not len(range(len(loaded))[spec.rows]):
         raise DataError(f"got spec {spec.text!r}, which selects none of {len(loaded)} rows")
-    return kept
+    return loaded.select(spec.rows)
 
 
 def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
@@ -65,12 +64,15 @@ def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
             f"row {bad[0]}); a file must be finite, remove or recompute these rows"
         )
     labels = arrays.get("labels") if labelled else None
+    features = arrays.get("features")
+    if features is not None and not np.isfinite(features).all():
+        raise DataError(f"{spec.text}: the features hold NaN or infinite values; recompute them")
     dtype = str(values.dtype)
     stored = values if values.dtype == np.float64 else values.astype(np.float32)
     predictions = Predictions(
         stored,
-        features=arrays.get("features"),
-        labels=None if labels is None else labels.astype(np.int64),
+        features=features,
+        labels=None if labels is None else integer_labels(labels, len(values), spec.text),
         groups=arrays.get("groups"),
         ids=tuple(map(str, arrays["ids"])) if "ids" in arrays else None,
         kind=kind,

@@ -184,6 +184,11 @@ def _check_sets(
             )
     for name, part in others.items():
         warned += _overlap(evaluation, part, name)
+    fitted = evaluation.num_classes if guard is None else guard.facts.get("num_classes")
+    if fitted != evaluation.num_classes:
+        raise DataError(
+            f"evaluation has {evaluation.num_classes} classes; the guard was fitted on {fitted}"
+        )
     if guard is not None and guard.facts.get("fingerprint") == evaluation.fingerprint:
         raise DataError(
             "the guard was fitted on the very rows it is now evaluated on; give evaluation data "

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ebm_guard.calibration import Calibrator, RowStatistics, TemperatureScaling, row_statistics
 from ebm_guard.data.splits import two_folds
-from ebm_guard.errors import EbmGuardWarning, InvalidInputError
+from ebm_guard.errors import EbmGuardWarning, TooFewRowsError
 from ebm_guard.gate import Guard, Threshold
 from ebm_guard.ood import Score
 from ebm_guard.predictions import Predictions
@@ -228,7 +228,7 @@ def _threshold(
         threshold = Threshold.fit(
             scores, choices.threshold, choices.false_reject_rate, choices.assurance
         )
-    except InvalidInputError as error:
+    except TooFewRowsError as error:
         return None, str(error)
     return threshold, ""
 

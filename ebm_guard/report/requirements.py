@@ -142,6 +142,8 @@ def _find(
             )
         node = node[key]
         walked.append(key)
+    if node is None:
+        return path, None, "there were no rows to measure it on"
     if isinstance(node, Mapping) and "not_run" in node:
         return path, None, str(node["not_run"])
     if not isinstance(node, Mapping) or "value" not in node:
