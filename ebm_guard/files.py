@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import lzma
 import secrets
 import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ebm_guard.errors import DataError
+
+# Whatever numpy, the zip module and its decompressors raise on a damaged .npz file.
+DAMAGED_NPZ = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    TypeError,
+    NotImplementedError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+)
 
 
 @contextmanager

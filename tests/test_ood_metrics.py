@@ -286,7 +286,7 @@ def test_more_comparisons_widen_the_interval():
         one = auroc_difference(*arguments)
         ratio = stats.norm.ppf(1 - 0.025 / comparisons) / Z
         assert found.high - found.low == pytest.approx(ratio * (one.high - one.low))
-        assert f"Bonferroni over {comparisons}" in found.method
+        assert (f"Bonferroni over {comparisons}" in found.method) == (comparisons > 1)
 
 
 @pytest.mark.parametrize("where", range(4))
@@ -355,8 +355,8 @@ def test_the_bootstrap_resamples_each_set():
         draws["fpr95_ood_positive"].append(oracles.fpr95_ood_positive(picked_in, picked_out))
     for name, values in draws.items():
         metric = getattr(found, name)
-        # A 2.5 % quantile of 500 draws is off by 0.12 sd if they are normal, which FPR95 is not.
-        tolerance = 0.8 * np.std(values)
+        # A 2.5 % quantile of 500 draws is off by 0.12 sd if they are normal; FPR95 jumps.
+        tolerance = (0.8 if name.startswith("aupr") else 1.5) * np.std(values)
         low, high = np.quantile(values, [0.025, 0.975])
         assert metric.low == pytest.approx(low, abs=tolerance)
         assert metric.high == pytest.approx(high, abs=tolerance)

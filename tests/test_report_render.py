@@ -10,10 +10,12 @@ from pathlib import Path
 
 import jsonschema
 import matplotlib as mpl
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from ebm_guard.calibration import row_statistics
 from ebm_guard.errors import DataError
 from ebm_guard.report import figures
 from ebm_guard.report.render import (
@@ -26,6 +28,7 @@ from ebm_guard.report.render import (
     render_terminal,
     write_outputs,
 )
+from ebm_guard.report.rows import ReportRows, SetRows
 
 SCHEMA = Path(figures.__file__).parents[1] / "schema.json"
 EXAMPLE = json.loads(
@@ -426,7 +429,10 @@ def test_a_folder_that_cannot_be_written_is_a_data_error(report, tmp_path, monke
 
 
 def test_every_file_that_is_written_is_known_as_ours(report, tmp_path):
-    paths = {path.relative_to(tmp_path) for path in write_outputs(report, tmp_path)}
+    statistics = row_statistics(np.eye(2), np.array([0, 1]))
+    one = SetRows(np.zeros(2, np.uint64), None)
+    rows = ReportRows({"evaluation": one}, np.array([0, 1]), statistics, None)
+    paths = {path.relative_to(tmp_path) for path in write_outputs(report, tmp_path, rows)}
     assert paths == set(output.OURS)
 
 

@@ -13,6 +13,7 @@ from ebm_guard.calibration.metrics import accuracy, ece, nll
 from ebm_guard.errors import EbmGuardWarning, InvalidInputError, NotFittedError
 
 KNOWN = (0.05, 2.0, 4.0, 8.0, 20.0)
+BOUND = math.log(1e3) + 1e-9
 
 
 def drawn(temperature, n=2000, classes=5, name="drawn"):
@@ -35,7 +36,7 @@ def slope(log_t, logits, labels):
 
 def true_root(logits, labels):
     arguments = (logits, labels)
-    return math.exp(optimize.brentq(slope, -6.9, 6.9, args=arguments, xtol=1e-14, rtol=1e-14))
+    return math.exp(optimize.brentq(slope, -BOUND, BOUND, args=arguments, xtol=1e-14, rtol=1e-14))
 
 
 def fitted(logits, labels):

@@ -53,6 +53,12 @@ class RowStatistics:
         """Return the number of rows."""
         return len(self.confidence)
 
+    def select(self, rows: NDArray[Any]) -> RowStatistics:
+        """Return the statistics of some rows, by index or mask."""
+        return RowStatistics(
+            *(getattr(self, name)[rows] for name in RowStatistics.__dataclass_fields__)
+        )
+
     @staticmethod
     def concatenate(parts: list[RowStatistics]) -> RowStatistics:
         """Join the statistics of several sets of rows (exact, for folds and shards)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import click
@@ -38,6 +39,7 @@ def command(output: str, quiet: bool, as_json: bool) -> None:
     folder = Path(output)
     check_writable(folder)
     specs = {"evaluation": "demo:evaluation", "calibration": "demo:calibration", **_OOD}
+    clock = time.perf_counter()
     with warnings_as_lines():
         session = Session(options, list(specs.values()))
         parts = {
@@ -51,13 +53,14 @@ def command(output: str, quiet: bool, as_json: bool) -> None:
             calibration=parts["calibration"],
             classifier=session.classifier,
             settings=Settings(
+                clock=clock,
                 title="Demo: handwritten digits",
                 command=f"ebm-guard demo --output {output}",
                 extra={"data_note": load_demo("evaluation").note},
             ),
             picture=lambda name, row: session.picture(name, parts[name].names([row])[0]),
         )
-    show_report(report.to_dict(), folder, as_json=as_json)
+    show_report(report, folder, as_json=as_json)
     path = guard.save(folder / "guard.safetensors")
     decided = {}
     with replace_file(folder / "decisions.jsonl") as new, new.open("w") as file:

@@ -24,7 +24,7 @@ def command(family: str | None, as_json: bool) -> None:
 
     table = Table(show_lines=False, header_style="bold", row_styles=("", "dim"))
     for heading in ("family", "name", "equation", "needs", "paper"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "name")
     for row in rows:
         name = f"{row.name} (default)" if row.default else row.name
         table.add_row(row.family, name, row.equation, ", ".join(row.needs), row.paper)

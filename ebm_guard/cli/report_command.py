@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ebm_guard.cli.options import SPEC_HELP, ModelOptions, gate_options, json_option, model_options
+
+if TYPE_CHECKING:
+    from ebm_guard.report import Report
 
 
 @click.command("report")
@@ -23,6 +28,11 @@ from ebm_guard.cli.options import SPEC_HELP, ModelOptions, gate_options, json_op
     multiple=True,
     metavar="NAME=SPEC",
     help="An out-of-distribution set; near_... and far_... tell its role. Repeatable.",
+)
+@click.option(
+    "--baseline",
+    metavar="REPORT.json",
+    help="An older report (with its rows.npz) to compare with, row by row.",
 )
 @click.option("--guard", "guard_path", metavar="GUARD", help="Evaluate this guard as it is.")
 @click.option(
@@ -45,6 +55,7 @@ def command(
     data: str,
     calibration_data: str | None,
     ood: tuple[str, ...],
+    baseline: str | None,
     guard_path: str | None,
     requirements: tuple[str, ...],
     allow_unclear: bool,
@@ -68,6 +79,7 @@ def command(
     from ebm_guard.errors import InvalidInputError
     from ebm_guard.files import check_writable
     from ebm_guard.report import Settings, build_report
+    from ebm_guard.report.comparison import Baseline
     from ebm_guard.report.requirements import exit_code, parse_requirement
 
     for text in requirements:
@@ -78,8 +90,10 @@ def command(
         )
     for folder in filter(None, (output, save_predictions)):
         check_writable(folder)
+    older = None if baseline is None else Baseline.read(baseline)
     ood_specs = named_specs(ood)
     specs = [data, *([calibration_data] if calibration_data else []), *ood_specs.values()]
+    clock = time.perf_counter()
     with warnings_as_lines():
         session = Session(options, specs, guard_path)
         keep = save_predictions is not None
@@ -96,8 +110,10 @@ def command(
             calibration=parts.get("calibration"),
             guard=session.guard,
             classifier=session.classifier,
+            baseline=older,
             requirements=requirements,
             settings=Settings(
+                clock=clock,
                 score=score,
                 threshold=threshold,
                 false_reject_rate=false_reject_rate,
@@ -112,13 +128,13 @@ def command(
     if save_predictions is not None:
         for name, part in parts.items():
             part.save(Path(save_predictions) / name)
-    show_report(report.to_dict(), Path(output), as_json=as_json)
+    show_report(report, Path(output), as_json=as_json)
     for item in report.requirements:
         click.echo(f"{item.status}: {item.text}: {item.message}", err=True)
     return exit_code(report.requirements, allow_unclear=allow_unclear)
 
 
-def show_report(report: dict[str, object], folder: Path, *, as_json: bool) -> None:
+def show_report(report: Report, folder: Path, *, as_json: bool) -> None:
     """Write the report's files, and print it: a table on stdout, or JSON."""
     import json
 
@@ -126,9 +142,10 @@ def show_report(report: dict[str, object], folder: Path, *, as_json: bool) -> No
 
     from ebm_guard.report.render import render_terminal, write_outputs
 
-    write_outputs(report, folder)
+    content = report.to_dict()
+    write_outputs(content, folder, report.rows)
     if as_json:
-        click.echo(json.dumps(report, allow_nan=False))
+        click.echo(json.dumps(content, allow_nan=False))
     else:
-        render_terminal(report, Console())
+        render_terminal(content, Console())
     click.echo(f"report: {folder / 'report.html'}", err=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import torch
 from torch import Tensor
 
 REJECT, ACCEPT, INVALID = 0, 1, 2
+_SHOWN = 20
 STATUS_NAMES = {REJECT: "REJECT", ACCEPT: "ACCEPT", INVALID: "INVALID"}
 
 
@@ -85,6 +87,18 @@ class Decision:
             result.append(row)
         return result
 
+    def _repr_html_(self) -> str:
+        """Show the first rows as a table in a notebook."""
+        rows = self.rows()
+        head = "".join(f"<th>{escape(name)}</th>" for name in rows[0]) if rows else ""
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(_cell(value))}</td>" for value in row.values()) + "</tr>"
+            for row in rows[:_SHOWN]
+        )
+        rest = len(rows) - _SHOWN
+        more = f"<p>and {rest:,} more rows</p>" if rest > 0 else ""
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"
+
     @staticmethod
     def concatenate(parts: Sequence[Decision]) -> Decision:
         """Join the decisions of several batches of one guard."""
@@ -94,6 +108,10 @@ class Decision:
             if isinstance(getattr(parts[0], item.name), Tensor)
         }
         return Decision(**tensors, cut=parts[0].cut, score_name=parts[0].score_name)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _json_number(value: Any) -> Any:

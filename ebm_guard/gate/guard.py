@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,10 @@ class Guard(KeepDouble):
             return f"Guard around {name}, not fitted: call guard.fit(validation_loader)"
         rows = describe_manifest(manifest_of(self.state()))
         return "\n".join(f"{word:>12}  {sentence}" for word, sentence in rows)
+
+    def _repr_html_(self) -> str:
+        """Show the summary in a notebook."""
+        return f"<pre>{escape(self.summary())}</pre>"
 
     def state(self) -> GuardState:
         """Return all that this guard consists of.

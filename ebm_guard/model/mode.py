@@ -11,6 +11,7 @@ from weakref import WeakSet
 from torch import nn
 
 from ebm_guard.errors import EbmGuardWarning
+from ebm_guard.model.wrappers import is_exported
 
 
 class _Switch:
@@ -38,7 +39,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     mode is locked for the whole pass, so concurrent calls take turns; a call that finds eval
     flags only because another call has switched them waits as well (the generation counter and
     the set of switched parts tell the two apart). The first such call warns that ``model.eval()``
-    allows concurrent use.
+    allows concurrent use. Exported programs and frozen TorchScript keep the mode they were made in.
 
     Args:
         module: the user's model.
@@ -50,7 +51,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         False
     """
     before, switched = _switch.generation, _switch.parts
-    parts = list(module.modules())
+    parts = _with_modes(module)
     training = any(part.training for part in parts)
     crossing = before % 2 == 1 and not switched.isdisjoint(parts)
     if not training and not crossing and _switch.generation == before:
@@ -58,13 +59,14 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         return
     with _switch.lock:
         flags = [(part, part.training) for part in parts]
-        # Re-entrant: a model that calls a guard on a part of itself is switched already.
-        if _switch.generation % 2 == 1 or not any(flag for _, flag in flags):
+        if not any(flag for _, flag in flags):
             yield
             return
         _warn_once(module)
-        _switch.parts = frozenset(parts)
-        _switch.generation += 1
+        # Re-entrant: a model may call a guard around another one, and both stay switched.
+        outer = _switch.parts
+        _switch.parts = outer.union(parts)
+        _switch.generation += not outer
         try:
             for part, _ in flags:
                 part.training = False
@@ -72,8 +74,16 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
         finally:
             for part, flag in flags:
                 part.training = flag
-            _switch.generation += 1
-            _switch.parts = frozenset()
+            _switch.generation += not outer
+            _switch.parts = outer
+
+
+def _with_modes(module: nn.Module) -> list[nn.Module]:
+    """List the parts whose ``training`` flag means something."""
+    # A frozen TorchScript module has no flag; an exported program's mode is a part of its graph.
+    parts = [part for part in module.modules() if hasattr(part, "training")]
+    fixed = {inner for part in parts if is_exported(part) for inner in part.modules()}
+    return [part for part in parts if part not in fixed] if fixed else parts
 
 
 def _warn_once(module: nn.Module) -> None:

@@ -148,7 +148,7 @@ def auroc_difference(
     tail = (1 - LEVEL) / comparisons
     half = normal_quantile(1 - tail / 2) * float(np.sqrt(variance))
     n = len(id_first) + sum(map(len, ood_first))
-    method = f"paired DeLong, Bonferroni over {comparisons}"
+    method = "paired DeLong" + (f", Bonferroni over {comparisons}" if comparisons > 1 else "")
     return Metric(value, value - half, value + half, n, method)
 
 

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ebm_guard import registry
+from ebm_guard.calibration import row_statistics
 from ebm_guard.calibration.metrics import perfect_ece
 from ebm_guard.data.splits import check_disjoint
 from ebm_guard.errors import DataError, InvalidInputError, ModelOutputError
@@ -24,9 +25,11 @@ from ebm_guard.model import EnergyClassifier, Preprocessing
 from ebm_guard.ood import Score, make_score
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.calibration_section import calibration_section
+from ebm_guard.report.comparison import Baseline, comparison_section
 from ebm_guard.report.crossfit import Fitted, fit_protocol
 from ebm_guard.report.gallery import gallery_section
 from ebm_guard.report.gate_section import gate_section
+from ebm_guard.report.groups_section import groups_section
 from ebm_guard.report.ood_section import energy_section, ood_role, ood_section
 from ebm_guard.report.record import (
     DataSection,
@@ -38,9 +41,11 @@ from ebm_guard.report.record import (
     Warned,
 )
 from ebm_guard.report.requirements import judge, parse_requirement
+from ebm_guard.report.rows import ReportRows, SetRows
 
 _RESERVED = ("evaluation", "calibration", "fit")
 _SMALL = 2000
+_PER_CLASS = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Settings:
         title: heading of the report.
         command: the command line that makes it, for the reader.
         images: whether thumbnails may be shown.
+        clock: ``time.perf_counter()`` at the start of the work, for the wall time; default: now.
+        extra: further settings to record.
     """
 
     score: str = "energy"
@@ -66,6 +73,7 @@ class Settings:
     title: str = "Reliability report"
     command: str | None = None
     images: bool = True
+    clock: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -76,6 +84,7 @@ def build_report(
     calibration: Predictions | None = None,
     guard: Guard | None = None,
     classifier: EnergyClassifier | None = None,
+    baseline: Baseline | None = None,
     requirements: Sequence[str] = (),
     settings: Settings | None = None,
     picture: Callable[[str, int], Image.Image | None] | None = None,
@@ -92,6 +101,7 @@ def build_report(
         calibration: ID rows for temperature and threshold, disjoint from ``evaluation``.
         guard: a fitted guard to evaluate without refitting.
         classifier: the wrapped model, for the model card.
+        baseline: an older report to compare with, row by row.
         requirements: bounds such as ``ece<=0.05``.
         settings: see :class:`Settings`.
         picture: returns the image of (set name, row) for the gallery, or None.
@@ -119,9 +129,10 @@ def build_report(
     score = guard.score if guard is not None else make_score(settings.score)
     protocol = fit_protocol(evaluation, calibration, guard, score, settings)
     scores = _scores(score)
+    rows = _rows(evaluation, ood, protocol)
     warned += protocol.warnings + _size_warnings(evaluation, protocol)
     report = Report(
-        meta=_meta(evaluation, guard, classifier, settings, protocol, started),
+        meta=_meta(evaluation, guard, classifier, settings, protocol),
         data=DataSection(
             evaluation=_data_set(evaluation, "evaluation"),
             calibration=None if calibration is None else _data_set(calibration, "calibration"),
@@ -134,9 +145,10 @@ def build_report(
         ood=ood_section(evaluation, ood, scores, settings.seed),
         gate=gate_section(evaluation, ood, protocol),
         selective=NotRun("risk-coverage curves are not part of this version"),
-        groups=NotRun("per-group figures are not part of this version"),
+        groups=groups_section(evaluation, protocol, settings.seed),
         robustness=NotRun("attacks and corruptions are not part of this version"),
         finetune=NotRun("no fine-tuning was done"),
+        comparison=comparison_section(rows, baseline, score.name, settings.seed),
         gallery=gallery_section(evaluation, ood, protocol, picture if settings.images else None),
         warnings=warned,
     )
@@ -144,9 +156,21 @@ def build_report(
     run = {
         "started": started.isoformat(timespec="seconds"),
         "host": socket.gethostname(),
-        "wall_seconds": round(time.perf_counter() - clock, 3),
+        "wall_seconds": round(time.perf_counter() - (settings.clock or clock), 3),
+        "peak_memory_mb": _peak_memory(),
     }
-    return replace(report, meta=replace(report.meta, run=run))
+    return replace(report, meta=replace(report.meta, run=run), rows=rows)
+
+
+def _rows(evaluation: Predictions, ood: Mapping[str, Predictions], fitted: Fitted) -> ReportRows:
+    labels = evaluation.labels
+    usable = fitted.id_scores is not None
+    sets = {
+        name: SetRows(np.asarray(part.hashes), fitted.score.of(part) if usable else None)
+        for name, part in {"evaluation": evaluation, **ood}.items()
+    }
+    before = None if labels is None else row_statistics(evaluation.logits, labels)
+    return ReportRows(sets, labels, before, fitted.after)
 
 
 def _scores(gate: Score) -> dict[str, Score]:
@@ -220,6 +244,7 @@ def _size_warnings(evaluation: Predictions, protocol: Fitted) -> list[Warned]:
         return []
     typical, limit = perfect_ece(protocol.after, seed=0)
     return [
+        *_few_per_class(evaluation),
         Warned(
             "small_n",
             f"{len(evaluation):,} evaluation rows are few for ECE and the reliability diagram. A "
@@ -227,6 +252,21 @@ def _size_warnings(evaluation: Predictions, protocol: Fitted) -> list[Warned]:
             f"{typical:.1%} on average, and below {limit:.1%} in 95 % of cases: an ECE in that "
             "range says nothing. Most bins hold few rows, so their bars are wide, and below about "
             "2,000 rows the interval of ECE covers the truth in less than 95 % of cases",
+        ),
+    ]
+
+
+def _few_per_class(evaluation: Predictions) -> list[Warned]:
+    if evaluation.labels is None:
+        return []
+    fewest = int(np.unique(evaluation.labels, return_counts=True)[1].min())
+    if fewest >= _PER_CLASS:
+        return []
+    return [
+        Warned(
+            "few_per_class",
+            f"scores on features: not run: {fewest} image{'' if fewest == 1 else 's'} per class, "
+            f"and {_PER_CLASS} are needed to describe a class. Figures per class would say nothing",
         )
     ]
 
@@ -255,7 +295,6 @@ def _meta(
     classifier: EnergyClassifier | None,
     settings: Settings,
     protocol: Fitted,
-    started: datetime,
 ) -> Meta:
     classifier = classifier or (guard.classifier if guard is not None else None)
     preprocessing = None if classifier is None else classifier.preprocessing
@@ -283,7 +322,7 @@ def _meta(
         settings=chosen,
         command=settings.command,
         environment=_environment(evaluation, classifier),
-        run={"started": started.isoformat(timespec="seconds"), "host": "", "wall_seconds": 0.0},
+        run={},
     )
 
 
@@ -299,6 +338,17 @@ def _model_card(evaluation: Predictions, classifier: EnergyClassifier | None) ->
         weights_sha256=classifier.weights_hash(),
         head=None if head is None else {"found": head.found, "message": head.message},
     )
+
+
+def _peak_memory() -> float | None:
+    """Return the most memory that this process has held, in MB, where the system tells."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kilobytes, macOS bytes.
+    return round(peak / (1024 if platform.system() == "Linux" else 1024**2), 1)
 
 
 def _preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:

@@ -172,7 +172,9 @@ def _two_fold(
             _after(_calibrator(evaluation.select(fit)), evaluation.select(test))
             for fit, test in pairs
         ]
-        after = RowStatistics.concatenate([part for part in parts if part is not None])
+        joined = RowStatistics.concatenate([part for part in parts if part is not None])
+        # Back into the order of the evaluation rows.
+        after = joined.select(np.argsort(np.concatenate([test for _, test in pairs])))
     accept: NDArray[np.bool_] | None = np.zeros(n, dtype=bool)
     reason = ""
     for fit, test in pairs:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ebm_guard.report.rows import ReportRows
 
 SCHEMA = "ebm_guard.report/1"
 GOOD, ATTENTION, BAD, UNCLEAR, NOT_RUN = "good", "attention", "bad", "unclear", "not_run"
@@ -230,12 +233,33 @@ class Report(Record):
     ood: Mapping[str, OODSet]
     gate: GateSection | NotRun
     selective: NotRun
-    groups: NotRun
+    groups: Any
     robustness: NotRun
     finetune: NotRun
+    comparison: Any
     gallery: Any
     warnings: list[Warned] = field(default_factory=list)
+    # Not part of the JSON: what a later report needs to compare row by row.
+    rows: ReportRows | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON types, schema number first."""
-        return {"schema": SCHEMA} | super().to_dict()
+        """Return the report as JSON types, schema number first, without the rows."""
+        own = {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+        del own["rows"]
+        return {"schema": SCHEMA} | own
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write report.json, report.html, report.md, rows.npz and the figures, all or nothing.
+
+        Raises:
+            DataError: the folder cannot be written; an older report there is unchanged.
+        """
+        from ebm_guard.report.render import write_outputs
+
+        return write_outputs(self.to_dict(), Path(folder), self.rows)
+
+    def _repr_html_(self) -> str:
+        """Show the verdicts in a notebook; :meth:`save` writes the whole page."""
+        from ebm_guard.report.render import render_summary
+
+        return render_summary(self.to_dict())

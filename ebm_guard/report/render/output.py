@@ -15,6 +15,8 @@ from ebm_guard.report.render.pages import render_html, render_markdown
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from ebm_guard.report.rows import ReportRows
+
 FIGURES = ("reliability", "energy_histogram", "roc", "score_ranking")
 # Every file that a report may hold: those of an older report are replaced or taken away,
 # everything else in the folder belongs to the user.
@@ -22,12 +24,15 @@ OURS = (
     Path("report.json"),
     Path("report.html"),
     Path("report.md"),
+    Path("rows.npz"),
     *(Path("figures") / f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")),
 )
 
 
-def write_outputs(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write report.json, report.html, report.md and the figures; return their paths.
+def write_outputs(
+    report: Mapping[str, Any], folder: Path, rows: ReportRows | None = None
+) -> list[Path]:
+    """Write report.json, report.html, report.md, rows.npz and the figures; return their paths.
 
     Everything is drawn into a hidden temporary folder on the same disk first and moved at the end,
     so a failure leaves an older report as it was.
@@ -45,7 +50,7 @@ def write_outputs(report: Mapping[str, Any], folder: Path) -> list[Path]:
         staging = room / f".ebm-guard-{token_hex(6)}"
         try:
             staging.mkdir()
-            written = _write_all(report, staging / "new")
+            written = _write_all(report, staging / "new", rows)
             if room == folder:
                 _exchange(staging, folder, written)
             else:
@@ -83,7 +88,7 @@ def _on_the_way(folder: Path) -> Iterator[Path]:
         yield folder / "figures"
 
 
-def _write_all(report: Mapping[str, Any], folder: Path) -> list[Path]:
+def _write_all(report: Mapping[str, Any], folder: Path, rows: ReportRows | None) -> list[Path]:
     """Write every file of the report into an empty folder; return their relative paths."""
     from ebm_guard.report.figures import inline_svgs, save_figures
 
@@ -98,6 +103,9 @@ def _write_all(report: Mapping[str, Any], folder: Path) -> list[Path]:
         data = text.encode("utf-8", "backslashreplace")
         (folder / name).write_bytes(data)
     paths = [Path(name) for name in pages]
+    if rows is not None:
+        rows.write(folder / "rows.npz")
+        paths.append(Path("rows.npz"))
     for pair in save_figures(report, folder / "figures").values():
         paths += [path.relative_to(folder) for path in pair]
     with suppress(OSError):

@@ -33,6 +33,12 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     return page.render(r=report, view=view, fmt=fmt)
 
 
+def render_summary(report: Mapping[str, Any]) -> str:
+    """Render the verdicts and the key numbers as a small HTML table for notebooks."""
+    page = _environment().get_template("summary.html.j2")
+    return page.render(r=report, view=view, fmt=fmt)
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     """Prepare the templates; the HTML escapes every text, a missing value is an error."""

@@ -40,7 +40,17 @@ NOT_RUN_NAMES = {
     "groups": "Groups",
     "robustness": "Robustness",
     "finetune": "Fine-tuning",
+    "comparison": "Comparison with a baseline",
 }
+CHANGE_NAMES = {
+    "accuracy": ("Accuracy", "percent"),
+    "ece": ("ECE", "percent"),
+    "nll": ("NLL", "fixed"),
+    "brier": ("Brier score", "fixed"),
+    "auroc": ("AUROC of the gate's score", "score"),
+    "fpr95": ("FPR95 (ID positive)", "percent"),
+}
+BETTER_WORDS = {True: "better", False: "worse", None: "no clear change"}
 
 
 def not_run(section: Mapping[str, Any]) -> str | None:
@@ -51,7 +61,7 @@ def not_run(section: Mapping[str, Any]) -> str | None:
 
 def pillars(report: Mapping[str, Any]) -> list[dict[str, str]]:
     """List the verdict cards in their order."""
-    sections = (
+    sections: tuple[tuple[str, str, str], ...] = (
         ("calibration", "Calibration", "calibration"),
         ("ood", "Unknown images", "energy"),
         ("gate", "Gate", "gate"),
@@ -59,6 +69,8 @@ def pillars(report: Mapping[str, Any]) -> list[dict[str, str]]:
         ("finetune", "Fine-tuning", "finetune"),
     )
     cards = [_requirements_card(report["requirements"])]
+    extra = (("groups", "Groups", "groups"), ("comparison", "Against the baseline", "comparison"))
+    sections += tuple(item for item in extra if not_run(report[item[2]]) is None)
     for anchor, name, key in sections:
         reason = not_run(report[key])
         if reason is None:
@@ -96,6 +108,16 @@ def _requirements_card(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 _SAID = {"failed": "Failed", "unclear": "Too close to call", "met": "Met"}
+
+
+def changes(comparison: Mapping[str, Any]) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """List the compared metrics by heading, in the order of the page."""
+    blocks = [
+        ("Before calibration", comparison["before"]),
+        ("After calibration", comparison["after"]),
+        *comparison["ood"].items(),
+    ]
+    return [(heading, list(block.values())) for heading, block in blocks if block]
 
 
 def tally(report: Mapping[str, Any]) -> list[tuple[str, int]]:
