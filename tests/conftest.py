@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+# Tests run in one process per core: more threads each would only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

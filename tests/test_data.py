@@ -105,8 +105,8 @@ def test_parser(text, kind, path, split, rows, classes):
         ("npy:a.npz", ["'npy'", "did you mean 'npz'"]),
         ("logit:a.npz", ["did you mean 'logits'"]),
         ("prediction:a", ["did you mean 'predictions'"]),
-        ("torch/cifar10", ["timm's readers", "not read by this version"]),
-        ("hfds/x", ["timm's readers"]),
+        ("tfds/cifar10", ["timm's readers", "tfds/ is not read"]),
+        ("hfds/", ["without the name of a data set", "timm's readers"]),
         ("npz:", ["empty path"]),
         ("list:", ["empty path"]),
         ("logits:[:5]", ["empty path"]),
@@ -316,8 +316,8 @@ def test_npz_split(npz):
         ("[:999]", list(range(20))),
         ("?classes=2", [2, 7, 12, 17]),
         ("?classes=3,1", [1, 3, 6, 8, 11, 13, 16, 18]),
-        # The slice counts rows of the chosen classes.
-        ("[:3]?classes=3,1", [1, 3, 6]),
+        # As the spec reads: the slice is of the file, the classes are picked from it.
+        ("[:9]?classes=3,1", [1, 3, 6, 8]),
     ],
 )
 def test_npz_rows_keep_their_numbers(npz, suffix, rows):

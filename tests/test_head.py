@@ -10,7 +10,7 @@ from torch import nn
 
 from ebm_guard.errors import EbmGuardWarning, ModelOutputError, UnsupportedModelError
 from ebm_guard.model import EnergyClassifier
-from ebm_guard.model.head import capture_inputs, find_head
+from ebm_guard.model.head import capture_inputs
 
 CLASSES = 5
 TIMM = (
@@ -322,7 +322,7 @@ def test_no_hook_is_left_when_the_model_fails():
     with pytest.raises(RuntimeError):
         classifier.forward(batch(8, 5), features=True)
     with pytest.raises(RuntimeError):
-        find_head(net, lambda: net(batch(8, 5)))
+        EnergyClassifier(net).probe_head(batch(8, 5))
     assert hooks(net) == 0
 
 

@@ -13,7 +13,8 @@ from ebm_guard.registry import methods
 Command = Callable[..., Any]
 SPEC_HELP = (
     "[folder:]PATH, list:FILE, npz:FILE[#split][SLICE][?classes=0-7], logits:FILE, "
-    "predictions:DIR, or demo:[ROLE]"
+    "predictions:DIR, demo:[ROLE], or a timm reader: torch/NAME, hfds/NAME, hfids/NAME, wds/ "
+    "(with [#split])"
 )
 
 
@@ -37,6 +38,9 @@ class ModelOptions:
     strict: bool
     limit: int | None
     quiet: bool
+    data_dir: str | None = None
+    split: str | None = None
+    class_map: str | None = None
 
 
 class Numbers(click.ParamType[tuple[float, ...]]):
@@ -81,6 +85,21 @@ _MODEL_OPTIONS = (
         "--img-size", type=int, help="Input side in pixels; default: the model's pretrained_cfg."
     ),
     click.option(
+        "--data-dir",
+        metavar="ROOT",
+        help="Root folder of timm's readers (torch/, hfds/, hfids/, wds/).",
+    ),
+    click.option(
+        "--split",
+        metavar="NAME",
+        help="Split of timm's readers where the spec has no #split; default: validation.",
+    ),
+    click.option(
+        "--class-map",
+        metavar="FILE",
+        help="Numbers the class folders: one name a line, or `name number` lines.",
+    ),
+    click.option(
         "-b",
         "--batch-size",
         type=click.IntRange(min=1),
@@ -94,7 +113,7 @@ _MODEL_OPTIONS = (
         type=click.IntRange(min=0),
         default=0,
         show_default=True,
-        help="Processes that decode images; 0 decodes in this one.",
+        help="Processes that decode images; 0 decodes in this one, as streams always do.",
     ),
     click.option(
         "--device", help="Where the model runs, such as cpu or cuda; default: where it is."

@@ -121,7 +121,7 @@ def _image_rows(session: Session, guard: Guard, data: str) -> Iterator[dict[str,
 
     source = session.open(parse_spec(data), "evaluation", "data")
     enabled = not session.options.quiet
-    with track(f"decide {data}", len(source), enabled=enabled) as advance, model_errors(data):
+    with track(f"decide {data}", source.total, enabled=enabled) as advance, model_errors(data):
         for batch in session.batches(source):
             if len(batch.inputs):
                 yield from guard(batch.inputs).rows(batch.ids)

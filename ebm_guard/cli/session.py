@@ -16,6 +16,7 @@ from torch import nn
 
 from ebm_guard.cli.options import ModelOptions
 from ebm_guard.data import ImageSource, Spec, batches, match_classes, open_source, parse_spec
+from ebm_guard.data.sources import StreamSource
 from ebm_guard.data.specs import STORED_KINDS
 from ebm_guard.errors import (
     ArtifactError,
@@ -54,6 +55,7 @@ class Session:
         self._limited: set[str] = set()
         self._rows: dict[str, dict[str, int]] = {}
         parsed = [parse_spec(text) for text in specs]
+        self._check_data_options(parsed)
         needs_model = any(spec.kind not in STORED_KINDS for spec in parsed)
         model = self._model(parsed) if needs_model or options.model else None
         self.guard: Guard | None = None
@@ -88,7 +90,7 @@ class Session:
                 classifier,
                 self.batches(source),
                 features=features,
-                total=len(source),
+                total=source.total,
                 progress=not self.options.quiet,
                 amp=self.options.amp,
                 source=text,
@@ -97,14 +99,27 @@ class Session:
 
     def open(self, spec: Spec, role: str, name: str) -> ImageSource:
         """Open an image source, cut to ``--limit`` rows, and remember it for the gallery."""
-        source = open_source(spec, role)
+        options = self.options
+        source = open_source(
+            spec,
+            role,
+            data_dir=options.data_dir,
+            split=options.split,
+            class_map=options.class_map,
+        )
         if role == "ood":
             # Their labels are of other classes, and would be checked against the model's.
-            source.labels = None
-        limit = self.options.limit
-        if limit is not None and limit < len(source):
-            generator = np.random.default_rng(self.options.seed)
-            rows = np.sort(generator.choice(len(source), limit, replace=False))
+            source = source.without_labels()
+        limit, total = options.limit, source.total
+        if limit is not None and total is None:
+            raise InvalidInputError(
+                f"got --limit for {spec.text}, a stream that does not say how many images it "
+                "has, so no random rows of it can be chosen. For wds/ give the number behind the "
+                "shards: wds/#val-{000..003}.tar|4000"
+            )
+        if limit is not None and total is not None and limit < total:
+            generator = np.random.default_rng(options.seed)
+            rows = np.sort(generator.choice(total, limit, replace=False))
             source = source.subset(rows)
             self._limited.add(name)
         self.sources[name] = source
@@ -131,9 +146,9 @@ class Session:
             yield batch
 
     def picture(self, name: str, row_id: str) -> Image.Image | None:
-        """Return the image of a row, or None for stored predictions."""
+        """Return the image of a row, or None for stored predictions and streams."""
         source = self.sources.get(name)
-        if source is None:
+        if source is None or isinstance(source, StreamSource):
             return None
         rows = self._rows.setdefault(name, {key: row for row, key in enumerate(source.ids)})
         return source.load(rows[row_id])
@@ -207,6 +222,19 @@ class Session:
                     "guard"
                 )
 
+    def _check_data_options(self, specs: list[Spec]) -> None:
+        options, kinds = self.options, {spec.kind for spec in specs}
+        if "timm" not in kinds and (options.data_dir or options.split):
+            raise InvalidInputError(
+                "got --data-dir or --split without a timm reader (torch/, hfds/, hfids/, wds/); "
+                "other specs carry their whole path, and npz:FILE#test its split"
+            )
+        if options.class_map and not kinds & {"folder", "timm"}:
+            raise InvalidInputError(
+                "got --class-map without a folder of classes; an npz file names its classes in "
+                "the array `classes`, and npz:FILE?classes= numbers them"
+            )
+
     def _described(
         self, part: Predictions, source: ImageSource, role: str, name: str
     ) -> Predictions:
@@ -217,13 +245,24 @@ class Session:
             notes["class_match"] = "labels of OOD sets are not used"
             return replace(part, notes=notes)
         model_classes = self.require_classifier().classes
-        mapping, notes["class_match"] = match_classes(
-            source.classes, model_classes, part.num_classes
-        )
+        mapping = None
+        if source.class_map:
+            notes["class_match"] = source.class_map
+        else:
+            mapping, notes["class_match"] = match_classes(
+                source.classes,
+                model_classes,
+                part.num_classes,
+                sorted_names=source.sorted_classes,
+            )
         labels = part.labels
-        if labels is not None and mapping is not None:
-            labels = mapping[labels]
-        classes = model_classes or source.classes
+        if labels is not None and mapping is not None and source.classes is not None:
+            # A label without a name stays; the check of the range reports it.
+            named = (labels >= 0) & (labels < len(mapping))
+            labels = np.where(named, mapping[np.where(named, labels, 0)], labels)
+        classes = model_classes
+        if classes is None and mapping is None and len(source.classes or ()) == part.num_classes:
+            classes = source.classes
         return replace(part, labels=labels, classes=classes, notes=notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ebm_guard.data.images import to_input
-from ebm_guard.data.sources import ImageSource
+from ebm_guard.data.images import plain, to_input
+from ebm_guard.data.sources import ImageSource, StreamSource
 from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.model.pixels import Preprocessing
 
@@ -29,6 +31,7 @@ class Batch:
         ids: one name per row.
         hashes: (B,) uint64 of the decoded pixels, to tell whether two sets share images.
         skipped: (id, error) of the images that could not be read.
+        groups: (B,) int64 or text, or None.
     """
 
     inputs: Tensor
@@ -36,14 +39,30 @@ class Batch:
     ids: tuple[str, ...]
     hashes: NDArray[np.uint64]
     skipped: tuple[tuple[str, str], ...] = ()
+    groups: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
 class _Item:
-    index: int
+    id: str
     values: NDArray[np.float32] | None
     hash: int = 0
     error: str = ""
+    label: int | None = None
+    index: int = 0
+
+
+def _item(name: str, image: Image.Image, preprocessing: Preprocessing, *, is_array: bool) -> _Item:
+    """Prepare one image; what it cannot be prepared for is an error as a value."""
+    try:
+        image = plain(image)
+        values = to_input(image, preprocessing, is_array=is_array)
+    except DataError as error:
+        return _Item(name, None, error=f"cannot read image {name}: {error}")
+    content = hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=8)
+    if image.mode == "P":
+        content.update(bytes(image.getpalette() or ()))
+    return _Item(name, values, int.from_bytes(content.digest(), "little"))
 
 
 class _Items(Dataset[_Item]):
@@ -56,15 +75,14 @@ class _Items(Dataset[_Item]):
         return len(self._source)
 
     def __getitem__(self, index: int) -> _Item:
+        source = self._source
         try:
-            image = self._source.load(index)
+            image = source.load(index)
         except DataError as error:
-            return _Item(index, None, error=str(error))
-        values = to_input(image, self._preprocessing, is_array=self._source.is_array)
-        content = hashlib.blake2b(
-            f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=8
-        )
-        return _Item(index, values, int.from_bytes(content.digest(), "little"))
+            return _Item(source.ids[index], None, error=str(error))
+        item = _item(source.ids[index], image, self._preprocessing, is_array=source.is_array)
+        label = None if source.labels is None else int(source.labels[index])
+        return replace(item, label=label, index=index)
 
 
 def batches(
@@ -81,7 +99,7 @@ def batches(
         source: where the images come from.
         preprocessing: the model's settings.
         batch_size: rows per batch, >= 1.
-        workers: processes that decode; 0 decodes in this one.
+        workers: processes that decode; 0 decodes in this one, as a stream always does.
         strict: raise on the first unreadable image instead of skipping it.
 
     Raises:
@@ -103,16 +121,12 @@ def batches(
             "image files need an input size, and the model has no pretrained_cfg: give "
             "--img-size (image_size=)"
         )
-    loader: DataLoader[Any] = DataLoader(
-        _Items(source, preprocessing),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        # A fixed generator keeps the loader from drawing a seed out of torch's global state.
-        generator=torch.Generator().manual_seed(0),
-    )
+    if isinstance(source, StreamSource):
+        lists = _streamed(source, preprocessing, batch_size)
+    else:
+        lists = _loaded(source, preprocessing, batch_size, workers)
     pending: tuple[tuple[str, str], ...] = ()
-    for items in loader:
+    for items in lists:
         batch = _collated(source, items)
         pending += batch.skipped
         if strict and pending:
@@ -125,16 +139,44 @@ def batches(
         yield Batch(empty, None, (), np.empty(0, np.uint64), pending)
 
 
+def _loaded(
+    source: ImageSource, preprocessing: Preprocessing, batch_size: int, workers: int
+) -> Iterator[list[_Item]]:
+    loader: DataLoader[Any] = DataLoader(
+        _Items(source, preprocessing),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        # A fixed generator keeps the loader from drawing a seed out of torch's global state.
+        generator=torch.Generator().manual_seed(0),
+    )
+    yield from loader
+
+
+def _streamed(
+    source: StreamSource, preprocessing: Preprocessing, batch_size: int
+) -> Iterator[list[_Item]]:
+    rows = source.rows()
+    while chunk := list(itertools.islice(rows, batch_size)):
+        yield [
+            replace(_item(name, image, preprocessing, is_array=False), label=label)
+            for name, image, label in chunk
+        ]
+
+
 def _collated(source: ImageSource, items: list[_Item]) -> Batch:
     good = [(item, item.values) for item in items if item.values is not None]
-    skipped = tuple((source.ids[item.index], item.error) for item in items if item.values is None)
+    skipped = tuple((item.id, item.error) for item in items if item.values is None)
     shapes = {values.shape for _, values in good}
     if len(shapes) > 1:
         raise DataError(
             f"got images of different sizes {sorted(shapes)}; give --img-size (image_size=)"
         )
-    rows = [item.index for item, _ in good]
-    labels = None if source.labels is None else torch.from_numpy(source.labels[rows])
+    known = [item.label for item, _ in good if item.label is not None]
+    if known and len(known) < len(good):
+        raise DataError(f"{source.spec}: some images have a label and some have none")
+    labels = torch.tensor(known, dtype=torch.int64) if known else None
     inputs = torch.from_numpy(np.stack([values for _, values in good])) if good else torch.empty(0)
     hashes = np.array([item.hash for item, _ in good], dtype=np.uint64)
-    return Batch(inputs, labels, tuple(source.ids[row] for row in rows), hashes, skipped)
+    groups = None if source.groups is None else source.groups[[item.index for item, _ in good]]
+    return Batch(inputs, labels, tuple(item.id for item, _ in good), hashes, skipped, groups)

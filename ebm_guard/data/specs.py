@@ -9,16 +9,18 @@ from pathlib import Path
 
 from ebm_guard.errors import DataError, InvalidInputError, suggest
 
-IMAGE_KINDS = ("folder", "list", "npz", "demo")
 STORED_KINDS = ("logits", "predictions")
-KINDS = IMAGE_KINDS + STORED_KINDS
-_TIMM_READERS = ("torch/", "hfds/", "hfids/", "wds/", "tfds/")
+# The words before a colon; timm's readers are told by their prefix, and are of the kind `timm`.
+KINDS = ("folder", "list", "npz", "demo", *STORED_KINDS)
+IMAGE_KINDS = ("folder", "list", "npz", "demo", "timm")
+READERS = ("torch", "hfds", "hfids", "wds")
 _SLICE = re.compile(
     r"^(?P<rest>.*)\[(?P<start>(?:-?\d{1,12})?):(?P<stop>(?:-?\d{1,12})?)(?::(?P<step>(?:-?\d{1,12})?))?\]$"
 )
 _HELP = (
     "a spec is [folder:]PATH, list:FILE, npz:FILE[#split][SLICE][?classes=0-7], "
-    "logits:FILE[SLICE], predictions:DIR[SLICE], or demo:[ROLE]"
+    "logits:FILE[SLICE], predictions:DIR[SLICE], demo:[ROLE], or one of timm's readers: "
+    "torch/NAME[#split][SLICE], hfds/NAME[#split], hfids/NAME[#split], wds/[NAME][#split]"
 )
 
 
@@ -28,11 +30,16 @@ class Spec:
 
     Args:
         text: the spec as the user wrote it.
-        kind: one of ``KINDS``.
-        path: file or folder; for ``demo`` the role, or '' for the option's own role.
-        split: array prefix inside an npz file (``test`` reads ``test_images``), or ''.
-        rows: Python slice over the rows, or None for all.
-        classes: original labels to keep, in the order of their new labels, or None for all.
+        kind: one of ``KINDS``, or ``timm`` for timm's readers.
+        path: file or folder; for ``demo`` the role, or '' for the option's own role; for ``timm``
+            the reader with its prefix, such as ``torch/cifar10``.
+        split: array prefix inside an npz file (``test`` reads ``test_images``), split of a timm
+            reader, or ''.
+        rows: Python slice over the rows of the file, or None for all.
+        classes: original labels to keep of these rows, in the order of their new labels, or None
+            for all.
+        input_key: image column of a timm reader, or '' for its default.
+        target_key: label column of a timm reader, or '' for its default.
     """
 
     text: str
@@ -41,6 +48,8 @@ class Spec:
     split: str = ""
     rows: slice | None = None
     classes: tuple[int, ...] | None = None
+    input_key: str = ""
+    target_key: str = ""
 
 
 def parse_spec(text: str) -> Spec:
@@ -54,11 +63,12 @@ def parse_spec(text: str) -> Spec:
         >>> spec.kind, spec.path, spec.split, spec.rows, spec.classes
         ('npz', 'mnist.npz', 'test', slice(None, 100, None), (0, 1, 2, 3, 4, 5, 6, 7))
     """
-    if not text or text.startswith(_TIMM_READERS):
+    if not text or text.startswith("tfds/"):
         raise InvalidInputError(
-            f"got spec {text!r}; {_HELP}; timm's readers (torch/, hfds/, ...) are not read by this "
-            "version"
+            f"got spec {text!r}; {_HELP}; of timm's readers tfds/ is not read (TensorFlow)"
         )
+    if text.startswith(tuple(f"{reader}/" for reader in READERS)):
+        return _parse_reader(text)
     kind, rest = _split_kind(text)
     classes: tuple[int, ...] | None = None
     rows: slice | None = None
@@ -73,6 +83,28 @@ def parse_spec(text: str) -> Spec:
     if not rest and kind != "demo":
         raise InvalidInputError(f"got spec {text!r} with an empty path; {_HELP}")
     return Spec(text, kind, rest, split, rows, classes)
+
+
+def _parse_reader(text: str) -> Spec:
+    reader = text.partition("/")[0]
+    rest, _, query = text.partition("?")
+    rows: slice | None = None
+    keys = {"input_key": "", "target_key": ""}
+    if reader == "torch":
+        rest, rows = _split_slice(text, rest)
+    for part in filter(None, query.split("&")):
+        key, _, value = part.partition("=")
+        if key not in keys or not value or reader == "torch":
+            raise InvalidInputError(
+                f"got {part!r} in spec {text!r}; needed ?input_key=COLUMN&target_key=COLUMN, "
+                "behind hfds/, hfids/ or wds/"
+            )
+        keys[key] = value
+    # A local path of hfds/ may not hold a '#', as no other spec's may.
+    name, _, split = rest.partition("#")
+    if reader != "wds" and not name.partition("/")[2]:
+        raise InvalidInputError(f"got spec {text!r} without the name of a data set; {_HELP}")
+    return Spec(text, "timm", name, split, rows, None, keys["input_key"], keys["target_key"])
 
 
 def existing_path(spec: Spec) -> Path:

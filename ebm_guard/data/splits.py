@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebm_guard.errors import DataError, InvalidInputError
+from ebm_guard.data.imagenet import class_key, match_imagenet
+from ebm_guard.errors import DataError, EbmGuardWarning, InvalidInputError
 
 ROLES = ("fit", "calibration", "evaluation", "train", "validation", "ood", "outliers")
 # Public test sets hold a few exact duplicates; more than that is the same data twice.
@@ -77,14 +80,23 @@ def check_disjoint(
 
 
 def match_classes(
-    data: Sequence[str] | None, model: Sequence[str] | None, num_classes: int
+    data: Sequence[str] | None,
+    model: Sequence[str] | None,
+    num_classes: int,
+    *,
+    sorted_names: bool = False,
 ) -> tuple[NDArray[np.int64] | None, str]:
     """Find how the data's labels map to the model's classes.
+
+    Names are compared first; where none fit, as ImageNet's (WordNet ids and words). With nothing to
+    compare the labels are taken as class numbers, with a warning where folders were numbered by
+    their sorted names and timm's folder reader would have numbered them otherwise.
 
     Args:
         data: class names of the data in label order, or None.
         model: class names of the model in logit order, or None.
         num_classes: number of logits.
+        sorted_names: the data's classes are folders, numbered by their names sorted as text.
 
     Returns:
         Mapping from data label to class (None where they are the same), and a sentence that says
@@ -102,19 +114,30 @@ def match_classes(
             f"got data with {len(data)} classes and a model with {num_classes}; needed the same "
             "classes. Select some with npz:FILE?classes=..., or take the right model"
         )
-    if data is None or model is None:
-        side = "the data" if data is None else "the model"
-        count = "" if data is None else f"; the count was compared: {len(data)} of {num_classes}"
-        return None, f"{side} has no class names, labels are taken as class numbers{count}"
-    if [_key(name) for name in data] == [_key(name) for name in model]:
+    if data is None:
+        return None, "the data has no class names, labels are taken as class numbers"
+    if model is None:
+        reason = (
+            "the model has no class names, labels are taken as class numbers; the count was "
+            f"compared: {len(data)} of {num_classes}"
+        )
+        return _unnamed(data, model, num_classes, reason, sorted_names)
+    if [class_key(name) for name in data] == [class_key(name) for name in model]:
         return None, f"{len(data)} class names of data and model agree, in order"
-    if len({_key(name) for name in data}) < len(data):
+    if len({class_key(name) for name in data}) < len(data):
         return None, "class names of the data occur twice, labels are taken by their order"
-    place = {_key(name): number for number, name in enumerate(model)}
-    found = [place.get(_key(name)) for name in data]
+    return _by_name(data, model, num_classes, sorted_names)
+
+
+def _by_name(
+    data: Sequence[str], model: Sequence[str], num_classes: int, sorted_names: bool
+) -> tuple[NDArray[np.int64] | None, str]:
+    place = {class_key(name): number for number, name in enumerate(model)}
+    found = [place.get(class_key(name)) for name in data]
     known = [number for number in found if number is not None]
     if not known:
-        return None, "the names of data and model share nothing, labels are taken by their order"
+        reason = "the names of data and model share nothing, labels are taken by their order"
+        return _unnamed(data, model, num_classes, reason, sorted_names)
     if len(known) < len(found):
         missing = [name for name, number in zip(data, found, strict=True) if number is None]
         raise DataError(
@@ -127,5 +150,39 @@ def match_classes(
     return mapping, f"{len(mapping)} class names agree; labels were re-ordered by name"
 
 
-def _key(name: str) -> str:
-    return name.strip().lower().replace("_", " ")
+def _unnamed(
+    data: Sequence[str],
+    model: Sequence[str] | None,
+    num_classes: int,
+    reason: str,
+    sorted_names: bool,
+) -> tuple[NDArray[np.int64] | None, str]:
+    """Match ImageNet's names, or take the labels as they are, for a reason."""
+    found = match_imagenet(data, model, num_classes)
+    return found or (None, reason + _order_warning(data, sorted_names))
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return timm's sorting key: numbers by their value, case ignored.
+
+    Example:
+        >>> sorted(["class10", "Class2"], key=natural_key)
+        ['Class2', 'class10']
+    """
+    parts = re.split(r"([0-9]+)", name.lower())
+    # Text first, as in timm, whose lists begin with a text and alternate.
+    return [(1, int(part), "") if place % 2 else (0, 0, part) for place, part in enumerate(parts)]
+
+
+def _order_warning(data: Sequence[str], sorted_names: bool) -> str:
+    natural = sorted(data, key=natural_key)
+    if not sorted_names or natural == list(data):
+        return ""
+    place = next(row for row, name in enumerate(data) if natural[row] != name)
+    text = (
+        f"folders are numbered by their names sorted as text (torchvision: class {place} is "
+        f"{data[place]!r}), in natural order (timm: class {place} is {natural[place]!r}) the "
+        "numbers are others; give --class-map FILE where the model was trained with timm's"
+    )
+    warnings.warn(text, EbmGuardWarning, stacklevel=4)
+    return f"; {text}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from ebm_guard.model.head import Head, capture_inputs, find_head
 from ebm_guard.model.mode import evaluation_mode
 from ebm_guard.model.pixels import Preprocessing, pretrained_cfg
 from ebm_guard.model.weights import weights_hash
+from ebm_guard.model.wrappers import eager_run, unwrapped
 
 _BCE_TAGS = frozenset({"a1", "a2", "a3", "d", "d1", "d2"})
 _PROBABILITY_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -82,14 +83,25 @@ class EnergyClassifier:
     def name(self) -> str:
         """Name of the model's architecture."""
         architecture = pretrained_cfg(self.model).get("architecture")
-        return str(architecture or getattr(self.model, "__name__", type(self.model).__name__))
+        model = unwrapped(self.model)
+        scripted = getattr(model, "original_name", None)  # TorchScript keeps the class's name here
+        return str(architecture or scripted or getattr(model, "__name__", type(model).__name__))
+
+    @property
+    def loss_note(self) -> str:
+        """What is known of the loss that the model was trained with, in words for a model card."""
+        tag = _bce_tag(self.model)
+        if tag is None:
+            return "training loss unknown"
+        return f"known BCE tag {tag!r}: binary cross-entropy, if these are timm's published weights"
 
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Class names in logit order (timm's label names, Hugging Face's id2label), or None."""
         names = pretrained_cfg(self.model).get("label_names")
         if names is None:
-            table = getattr(getattr(self.model, "config", None), "id2label", None) or {}
+            config = getattr(unwrapped(self.model), "config", None)
+            table = getattr(config, "id2label", None) or {}
             names = [str(table[key]) for key in sorted(table, key=int)]
         # Hugging Face fills in LABEL_0, LABEL_1, ... where nobody gave names.
         if not names or all(str(name).startswith("LABEL_") for name in names):
@@ -130,7 +142,8 @@ class EnergyClassifier:
 
         Args:
             x: exactly what the model takes; a tensor is moved to the model's device.
-            features: also return the features, if the head was found by :meth:`probe_head`.
+            features: also return the features, if the head was found by :meth:`probe_head`. A
+                compiled model runs twice for them: hooks would become a part of its code.
 
         Returns:
             Logits, and features where asked for and available. Gradients flow as in the model;
@@ -139,13 +152,10 @@ class EnergyClassifier:
         Raises:
             UnsupportedModelError: the output holds no logits of shape (B, C), C >= 2.
         """
-        x = self._moved(x)
         head = self._head if features else None
-        layers = head.layers if head is not None else ()
-        with self._mode(), capture_inputs(layers) as inputs:
-            logits = self._logits(self.model(x))
         if head is None or not head.found:
-            return ClassifierOutput(logits, None)
+            return ClassifierOutput(self._run(x, ())[0], None)
+        logits, inputs = self._run(x, head.layers)
         return ClassifierOutput(logits, head.features(inputs))
 
     def energy(self, x: Any, temperature: float = 1.0) -> Tensor:
@@ -174,8 +184,19 @@ class EnergyClassifier:
         if self._head is not None and self._head.found:
             return self._head
         with torch.no_grad():
-            self._head = find_head(self.model, lambda: self(x))
+            self._head = find_head(self.model, lambda layers: self._run(x, layers))
         return self._head
+
+    def _run(
+        self, x: Any, layers: Sequence[nn.Module]
+    ) -> tuple[Tensor, dict[nn.Module, list[Tensor]]]:
+        """Return the logits, and what each of the layers received."""
+        x = self._moved(x)
+        plain = eager_run(self.model) if layers and isinstance(self.model, nn.Module) else None
+        with self._mode():
+            with capture_inputs(layers) as inputs:
+                output = self.model(x) if plain is None else plain(x)
+            return self._logits(output if plain is None else self.model(x)), inputs
 
     def _mode(self) -> Any:
         if isinstance(self.model, nn.Module):
@@ -254,7 +275,12 @@ def _pick(output: Any) -> Any:
     )
 
 
-def _refuse_declared(model: object) -> None:
+def _refuse_declared(wrapped: object) -> None:
+    model = unwrapped(wrapped)
+    if type(model).__name__ == "ExportedProgram":
+        raise UnsupportedModelError(
+            "an ExportedProgram cannot be called; wrap its module: program.module()"
+        )
     classes = getattr(model, "num_classes", None)
     if isinstance(classes, int) and not isinstance(classes, bool) and classes == 0:
         raise UnsupportedModelError(
@@ -269,12 +295,18 @@ def _refuse_declared(model: object) -> None:
         )
 
 
+def _bce_tag(model: object) -> str | None:
+    """Return timm's tag of the weights if it is known for binary cross-entropy."""
+    tag = str(pretrained_cfg(model).get("tag") or "")
+    return tag if tag.partition("_")[0] in _BCE_TAGS else None
+
+
 def _warn_bce(model: object) -> None:
-    cfg = pretrained_cfg(model)
-    tag = str(cfg.get("tag") or "")
-    if tag.partition("_")[0] in _BCE_TAGS:
+    tag = _bce_tag(model)
+    if tag is not None:
+        architecture = pretrained_cfg(model).get("architecture", "this model")
         warnings.warn(
-            f"the tag {tag!r} of {cfg.get('architecture', 'this model')} is trained with binary "
+            f"the tag {tag!r} of {architecture} is trained with binary "
             "cross-entropy, if these are timm's published weights: its logits have no softmax "
             "reading, so energies are uncalibrated and ECE before temperature means little",
             EbmGuardWarning,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_guard.errors import ModelOutputError
+from ebm_guard.model.wrappers import open_parts, unwrapped, why_closed
 
 _HEAD_NAMES = ("classifier", "fc", "head", "heads", "score", "linear", "last_linear")
 # Relative to max |logits|; half-precision models round each product.
@@ -34,7 +35,7 @@ class Head:
 
     Args:
         layers: the Linear or 1x1 Conv layers whose average gives the logits; empty if none.
-        names: their names inside the model.
+        names: their names inside the model, without the prefixes of DataParallel and torch.compile.
         message: what was found, or why nothing was, in words.
     """
 
@@ -103,7 +104,10 @@ def capture_inputs(layers: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list
             handle.remove()
 
 
-def find_head(model: object, run: Callable[[], Tensor]) -> Head:
+def find_head(
+    model: object,
+    run: Callable[[Sequence[nn.Module]], tuple[Tensor, dict[nn.Module, list[Tensor]]]],
+) -> Head:
     """Find and verify the head of a model on one probe pass.
 
     Order: ``get_classifier()`` (timm), usual attribute names (torchvision, Hugging Face), every
@@ -113,38 +117,42 @@ def find_head(model: object, run: Callable[[], Tensor]) -> Head:
 
     Args:
         model: the user's model.
-        run: runs the model on a probe batch and returns logits (B, C); B >= 2 rows that differ.
+        run: runs the model on a probe batch, B >= 2 rows that differ; takes the layers to watch,
+            returns logits (B, C) and what each of these layers received.
 
     Returns:
         The head; ``found`` is False where none could be verified, and ``message`` says why.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        >>> find_head(net, lambda: net(torch.randn(8, 3))).names
+        >>> def run(layers):
+        ...     with capture_inputs(layers) as inputs:
+        ...         return net(torch.randn(8, 3)), inputs
+        >>> find_head(net, run).names
         ('2',)
     """
     if not isinstance(model, nn.Module):
         return Head((), (), f"a {type(model).__name__} is not an nn.Module: no layers to look at")
-    layers = {layer: name for name, layer in model.named_modules() if _is_linear(layer)}
-    with capture_inputs(list(layers)) as inputs:
-        logits = run().detach()
+    layers = {layer: name for name, layer in open_parts(model) if _is_linear(layer)}
+    output, inputs = run(list(layers))
+    logits = output.detach()
     problem = _probe_problem(logits)
     if problem:
         return Head((), (), f"not verifiable: {problem}")
     classes = logits.shape[1]
     ran = [layer for layer in layers if layer in inputs and _weight(layer).shape[0] == classes]
-    for candidate in _candidates(model, ran):
+    for candidate in _candidates(unwrapped(model), ran):
         head = Head(candidate, tuple(layers[layer] for layer in candidate), "")
         if _verified(head, inputs, logits):
             kind = type(candidate[0]).__name__
             many = f" (average of {len(candidate)})" if len(candidate) > 1 else ""
             return Head(candidate, head.names, f"{kind} {', '.join(head.names)}{many}, verified")
-    return Head(
-        (),
-        (),
-        f"none of {len(ran)} executed linear layers with {classes} outputs gives the logits; "
-        "logit scores work, scores on features do not",
-    )
+    reason = "" if ran else why_closed(model)
+    if not reason:
+        reason = (
+            f"none of {len(ran)} executed linear layers with {classes} outputs gives the logits"
+        )
+    return Head((), (), f"{reason}; logit scores work, scores on features do not")
 
 
 def _candidates(model: nn.Module, ran: list[nn.Module]) -> Iterator[tuple[nn.Module, ...]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.model.wrappers import unwrapped
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
@@ -174,8 +175,11 @@ class Preprocessing:
 
 
 def pretrained_cfg(model: object) -> dict[str, Any]:
-    """Return the ``pretrained_cfg`` of a model as a dict, empty where it has none."""
-    cfg = getattr(model, "pretrained_cfg", None)
+    """Return the ``pretrained_cfg`` of a model as a dict, empty where it has none.
+
+    Wrappers such as DataParallel are looked through.
+    """
+    cfg = getattr(unwrapped(model), "pretrained_cfg", None)
     if cfg is None:
         return {}
     if hasattr(cfg, "to_dict"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
@@ -57,7 +58,8 @@ def predict(
         >>> out.logits.shape
         (5, 3)
     """
-    columns = {name: _Column(memory_limit) for name in COLUMNS}
+    # Texts of different lengths have different dtypes, which one flat file cannot hold.
+    columns = {name: _Column(sys.maxsize if name == "groups" else memory_limit) for name in COLUMNS}
     ids: list[str] = []
     skipped: list[tuple[str, str]] = []
     dtype = "float32"
@@ -84,6 +86,8 @@ def predict(
                 columns["features"].add(_to_numpy(output.features))
             if batch.labels is not None:
                 columns["labels"].add(batch.labels.cpu().numpy().astype(np.int64))
+            if batch.groups is not None:
+                columns["groups"].add(batch.groups)
             columns["hashes"].add(batch.hashes)
             ids.extend(batch.ids)
             advance(len(batch.inputs))

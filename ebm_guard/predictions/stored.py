@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ebm_guard.data.sources import integer_labels, read_npz
+from ebm_guard.data.sources import checked_groups, integer_labels, read_npz
 from ebm_guard.data.specs import Spec, existing_path
 from ebm_guard.errors import DataError, UnsupportedModelError
 from ebm_guard.model.classifier import check_kind
@@ -67,13 +67,14 @@ def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
     features = arrays.get("features")
     if features is not None and not np.isfinite(features).all():
         raise DataError(f"{spec.text}: the features hold NaN or infinite values; recompute them")
+    groups = arrays.get("groups")
     dtype = str(values.dtype)
     stored = values if values.dtype == np.float64 else values.astype(np.float32)
     predictions = Predictions(
         stored,
         features=features,
         labels=None if labels is None else integer_labels(labels, len(values), spec.text),
-        groups=arrays.get("groups"),
+        groups=None if groups is None else checked_groups(groups, len(values), spec.text),
         ids=tuple(map(str, arrays["ids"])) if "ids" in arrays else None,
         kind=kind,
         dtype=dtype,

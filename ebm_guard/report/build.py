@@ -337,6 +337,7 @@ def _model_card(evaluation: Predictions, classifier: EnergyClassifier | None) ->
         num_parameters=classifier.num_parameters,
         weights_sha256=classifier.weights_hash(),
         head=None if head is None else {"found": head.found, "message": head.message},
+        loss_note=classifier.loss_note,
     )
 
 

@@ -103,6 +103,7 @@ class ModelCard(Record):
     num_parameters: int | None = None
     weights_sha256: str | None = None
     head: dict[str, Any] | None = None
+    loss_note: str | None = None
 
 
 @dataclass(frozen=True)
