@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,18 +26,18 @@ _BOUND = math.log(1e3)
 _MAX_STEPS = 100
 
 
-class Calibrator(KeepDouble):
+class Calibrator(KeepDouble, ABC):
     """Base of the calibrators: fit on logits and labels, then map logits to probabilities."""
 
     name = ""
 
+    @abstractmethod
     def fit(self, logits: Array, labels: NDArray[np.int64]) -> Calibrator:
         """Fit on held-out rows (N, C) and (N,), and return itself."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """Map logits (B, C) to calibrated log-probabilities (B, C)."""
-        raise NotImplementedError
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Return the calibrated probability (B,) of the predicted class."""
@@ -48,14 +49,14 @@ class Calibrator(KeepDouble):
         values = torch.from_numpy(np.asarray(logits, dtype=np.float64))
         return np.asarray(self.log_probabilities(values).numpy())
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the settings that, with the tensors, rebuild the calibrator."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def from_state(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Calibrator:
         """Rebuild a fitted calibrator."""
-        raise NotImplementedError
 
 
 class TemperatureScaling(Calibrator):

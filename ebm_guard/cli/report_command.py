@@ -13,6 +13,8 @@ import click
 from ebm_guard.cli.options import SPEC_HELP, ModelOptions, gate_options, json_option, model_options
 
 if TYPE_CHECKING:
+    from ebm_guard.cli.session import Session
+    from ebm_guard.predictions import Predictions
     from ebm_guard.report import Report
 
 
@@ -96,14 +98,7 @@ def command(
     clock = time.perf_counter()
     with warnings_as_lines():
         session = Session(options, specs, guard_path)
-        keep = save_predictions is not None
-        parts = {"evaluation": session.predictions(data, "evaluation", "evaluation", features=keep)}
-        if calibration_data:
-            parts["calibration"] = session.predictions(
-                calibration_data, "calibration", "calibration", features=keep
-            )
-        for name, spec in ood_specs.items():
-            parts[name] = session.predictions(spec, "ood", name, features=keep)
+        parts = _predicted(session, data, calibration_data, ood_specs, keep=bool(save_predictions))
         report = build_report(
             parts["evaluation"],
             ood={name: parts[name] for name in ood_specs},
@@ -132,6 +127,25 @@ def command(
     for item in report.requirements:
         click.echo(f"{item.status}: {item.text}: {item.message}", err=True)
     return exit_code(report.requirements, allow_unclear=allow_unclear)
+
+
+def _predicted(
+    session: Session,
+    data: str,
+    calibration_data: str | None,
+    ood_specs: dict[str, str],
+    *,
+    keep: bool,
+) -> dict[str, Predictions]:
+    """Run or open every set; features are only kept for later runs."""
+    wanted = {"evaluation": (data, "evaluation")}
+    if calibration_data:
+        wanted["calibration"] = (calibration_data, "calibration")
+    wanted |= {name: (spec, "ood") for name, spec in ood_specs.items()}
+    return {
+        name: session.predictions(spec, role, name, features=keep)
+        for name, (spec, role) in wanted.items()
+    }
 
 
 def show_report(report: Report, folder: Path, *, as_json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +116,10 @@ def existing_path(spec: Spec) -> Path:
     Raises:
         DataError: nothing is there; near names in the same folder are suggested.
     """
-    path = Path(os.path.expandvars(spec.path)).expanduser()
+    path = Path(os.path.expandvars(spec.path))
+    # A home that does not exist, as in ~nobody, is left in the path and then not found.
+    with suppress(RuntimeError):
+        path = path.expanduser()
     if _exists(path):
         return path
     parent = path.parent

@@ -55,7 +55,7 @@ def check_disjoint(
         what: names of the two sets, for the message.
 
     Returns:
-        None, or a warning when a few exact duplicates (at most 1 % of the smaller set) are shared.
+        None, or a warning when a few exact duplicates (at most 1 % of either set) are shared.
 
     Raises:
         DataError: more than that is shared.

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,7 +73,9 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     Raises:
         DataError: missing, unreadable, or keys and shapes that do not fit.
     """
-    path = Path(os.path.expandvars(checkpoint)).expanduser()
+    path = Path(os.path.expandvars(checkpoint))
+    with suppress(RuntimeError):
+        path = path.expanduser()
     if not path.is_file():
         raise DataError(f"got checkpoint {path}, which is not a file")
     state = _read_state(path)

@@ -118,12 +118,12 @@ class Preprocessing:
             )
         if low >= 0 and high <= 1:
             return
-        if low < 0:
+        if low < -0.1:
             guess = "they look normalised already: give them to guard(x), or undo the normalisation"
         elif high > 1.5:
             guess = "they look like 0..255: divide by 255"
         else:
-            guess = "they overshoot slightly, as after bicubic resizing: use .clamp(0, 1)"
+            guess = "they overshoot slightly, as after resizing: use .clamp(0, 1)"
         raise InvalidInputError(f"got pixels in [{low:.4g}, {high:.4g}]; needed [0, 1]; {guess}")
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from ebm_guard.precision import KeepDouble
 from ebm_guard.predictions import Predictions, chunks
 
 
-class Score(KeepDouble):
+class Score(KeepDouble, ABC):
     """Base of the scores: a function of one row, higher = more out-of-distribution.
 
     Attributes:
@@ -29,6 +30,7 @@ class Score(KeepDouble):
     name = ""
     from_probabilities = False
 
+    @abstractmethod
     def score(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
         """Score rows.
 
@@ -40,7 +42,6 @@ class Score(KeepDouble):
             (B,), float32 or float64; non-finite for a row with a non-finite logit is allowed, the
             gate refuses such rows by their logits.
         """
-        raise NotImplementedError
 
     def forward(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
         """Score rows; see :meth:`score`."""

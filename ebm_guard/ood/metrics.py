@@ -280,8 +280,7 @@ def _average_precision(gained: Array, true: Array, false: Array) -> Array:
 
 def _accepted_at(kept: Array, total: Array, other: Array, *, from_end: bool) -> Array:
     """Return ``other`` at the first cut that keeps 95 % of ``kept``."""
-    # The tolerance keeps 0.95 * 20 = 19 rows from counting as 94.99... % of 20.
-    enough = kept >= _TARGET * total - 1e-9
+    enough = kept >= _TARGET * total
     last = enough.shape[1] - 1
     where = last - enough[:, ::-1].argmax(axis=1) if from_end else enough.argmax(axis=1)
     return np.asarray(other[np.arange(len(other)), where])

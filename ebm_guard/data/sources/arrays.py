@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import lzma
-import struct
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,21 +12,8 @@ from PIL import Image
 from ebm_guard.data.sources.base import Array, ImageSource, Labels
 from ebm_guard.data.specs import Spec
 from ebm_guard.errors import DataError, suggest
+from ebm_guard.files import DAMAGED_NPZ
 
-# Whatever the zip module and its decompressors raise on damaged files.
-_DAMAGED = (
-    OSError,
-    ValueError,
-    EOFError,
-    KeyError,
-    TypeError,
-    NotImplementedError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-)
 # What a bare `demo:` means for each option.
 _DEMO_ROLES = {"fit": "train", "validation": "calibration", "ood": "far_ood"}
 
@@ -71,7 +55,7 @@ def read_npz(spec: Spec, path: Path, names: Sequence[str]) -> dict[str, Array]:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise DataError(f"got {path}, a single array; needed an .npz file (np.savez)")
             return {name: file[name] for name in names if name in file.files}
-    except _DAMAGED as error:
+    except DAMAGED_NPZ as error:
         raise DataError(f"got spec {spec.text!r}; cannot read {path}: {error}") from None
 
 
