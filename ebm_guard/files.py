@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import os
 import secrets
 import shutil
 import struct
@@ -104,6 +105,21 @@ def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
         _remove_empty(made)
+
+
+def expanded(text: str | Path) -> Path:
+    """Return a path with environment variables and ``~`` filled in.
+
+    A variable or a home that does not exist stays in the path, which is then not found.
+
+    Example:
+        >>> expanded("plain/path").name
+        'path'
+    """
+    path = Path(os.path.expandvars(text))
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    return path
 
 
 def check_writable(path: str | Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ebm_guard.errors import DataError, InvalidInputError, suggest
+from ebm_guard.files import expanded
 
 STORED_KINDS = ("logits", "predictions")
 # The words before a colon; timm's readers are told by their prefix, and are of the kind `timm`.
@@ -116,10 +115,7 @@ def existing_path(spec: Spec) -> Path:
     Raises:
         DataError: nothing is there; near names in the same folder are suggested.
     """
-    path = Path(os.path.expandvars(spec.path))
-    # A home that does not exist, as in ~nobody, is left in the path and then not found.
-    with suppress(RuntimeError):
-        path = path.expanduser()
+    path = expanded(spec.path)
     if _exists(path):
         return path
     parent = path.parent

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +20,7 @@ from ebm_guard.errors import (
     first_line,
     suggest,
 )
+from ebm_guard.files import expanded
 
 _TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
@@ -73,9 +72,7 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     Raises:
         DataError: missing, unreadable, or keys and shapes that do not fit.
     """
-    path = Path(os.path.expandvars(checkpoint))
-    with suppress(RuntimeError):
-        path = path.expanduser()
+    path = expanded(checkpoint)
     if not path.is_file():
         raise DataError(f"got checkpoint {path}, which is not a file")
     state = _read_state(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 
 from ebm_guard.data.sources.base import Labels
 from ebm_guard.errors import DataError, suggest
+from ebm_guard.files import expanded
 
 _NUMBERED = re.compile(r"(?P<name>\S.*?)\s+(?P<number>[0-9]{1,9})")
 
@@ -39,7 +39,7 @@ def mapped_labels(
         DataError: the file is missing, unreadable or names a class twice, or does not name a class
             of the data.
     """
-    path = Path(os.path.expandvars(file)).expanduser()
+    path = expanded(file)
     if not path.is_file() and root is not None:
         path = root / path
     lines = _lines(path, file)

@@ -30,6 +30,7 @@ from ebm_guard.data.sources.base import ImageSource, Labels, StreamSource
 from ebm_guard.data.sources.class_map import mapped_labels
 from ebm_guard.data.specs import Spec
 from ebm_guard.errors import DataError, EbmGuardWarning, InvalidInputError, suggest
+from ebm_guard.files import expanded
 from ebm_guard.model.loading import import_timm
 
 TORCH_SETS = (
@@ -108,7 +109,7 @@ def _root(spec: Spec, reader: str, data_dir: str | None) -> str | None:
                 "the data set lies. For a folder of this name write folder:..."
             )
         return None
-    root = Path(os.path.expandvars(data_dir)).expanduser()
+    root = expanded(data_dir)
     # Web datasets may also lie behind a URL, and Hugging Face makes its cache itself.
     if reader == "torch" and not root.is_dir():
         raise DataError(f"got --data-dir {data_dir}, which is not a folder; {spec.text} needs it")
@@ -121,7 +122,7 @@ def _created(spec: Spec, root: str | None, split: str, **settings: Any) -> Any:
 
     reader, _, name = spec.path.partition("/")
     if reader in ("hfds", "hfids"):
-        name = str(Path(os.path.expandvars(name)).expanduser()) if name[0] in "~$" else name
+        name = str(expanded(name)) if name[0] in "~$" else name
     if reader == "hfids":
         # Only timm's __len__ asks for it; without, a stream of unknown length is refused.
         settings["num_samples"] = 1
