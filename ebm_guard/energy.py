@@ -42,7 +42,7 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
         InvalidInputError: logits are not a floating (B, C) tensor, or T is not positive.
 
     References:
-        Grathwohl et al., Your Classifier is Secretly an Energy Based Model, ICLR 2020, eq. 6;
+        Grathwohl et al., Your Classifier is Secretly an Energy Based Model, ICLR 2020, section 3;
         Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020, eq. 4.
         Differs from both papers' code, which call +logsumexp the score.
 
@@ -66,7 +66,7 @@ def joint_energy(logits: Tensor) -> Tensor:
         (B, C), float32 or float64; lower = the pair (x, y) is more likely.
 
     References:
-        Grathwohl et al., ICLR 2020, eq. 5.
+        Grathwohl et al., ICLR 2020, section 3.
 
     Example:
         >>> joint_energy(torch.tensor([[1.0, -2.0]]))

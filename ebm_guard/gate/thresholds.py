@@ -32,7 +32,8 @@ def pac_rank(n: int, false_reject_rate: float, assurance: float) -> int:
         k in 1..n, or n + 1 where no finite cut can promise it.
 
     References:
-        Vovk, Conditional Validity of Inductive Conformal Predictors, ACML 2012, prop. 2a.
+        Vovk, Conditional Validity of Inductive Conformal Predictors, ACML 2012: validity given the
+        training set, by the binomial bound.
 
     Example:
         >>> [pac_rank(n, 0.05, 0.95) for n in (58, 59, 100, 1000)]
@@ -196,7 +197,7 @@ class Threshold(KeepDouble):
             (B,) float64 in [1/(n+1), 1].
 
         References:
-            Bates et al., Testing for Outliers with Conformal P-values, 2021, eq. 2.
+            Bates et al., Testing for Outliers with Conformal P-values, 2021.
         """
         scores = self.scores.to(score.device)
         below = torch.searchsorted(scores, score.double(), right=False)

@@ -167,7 +167,7 @@ class GEN(Score):
         top: M, the number of largest probabilities; all classes when C <= M.
 
     References:
-        Liu et al., GEN, CVPR 2023, eq. 2 (gamma = 0.1, M = 100).
+        Liu et al., GEN, CVPR 2023 (gamma = 0.1, M = 100).
 
     Example:
         >>> bool(GEN().score(torch.zeros(1, 3)) > GEN().score(torch.tensor([[9.0, 0.0, 0.0]])))

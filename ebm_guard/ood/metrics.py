@@ -73,7 +73,7 @@ def auroc(id_scores: Array, ood_scores: Array) -> Metric:
         InvalidInputError: an empty set or a non-finite score.
 
     References:
-        DeLong et al., Biometrics 1988; logit transform: Pepe, 2003, section 5.2.
+        DeLong et al., Biometrics 1988; logit transform: Pepe, 2003.
 
     Example:
         >>> auroc(np.array([0.0, 1.0]), np.array([1.0, 2.0])).value
