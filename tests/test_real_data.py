@@ -275,7 +275,7 @@ def test_mnist0to7_densenet(published_predictions, no_denormals):
     def get(suffix):
         return published_predictions(name, f"{name}_pretrained", f"mnist.npz#test{suffix}")
 
-    inside, outside = get("[:1614]?classes=0-7"), get("[:386]?classes=8,9")
+    inside, outside = get("[:2000]?classes=0-7"), get("[:2000]?classes=8,9")
     assert max(int(part.ids[-1]) for part in (inside, outside)) == 1999
     found = calibration(inside)
     assert found.accuracy.value == pytest.approx(0.9975, abs=DIGITS4)
