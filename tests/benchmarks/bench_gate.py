@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # Random weights: the cost does not depend on them. A cross-entropy tag, so nothing is warned of.
+    # Random weights: the cost does not depend on them. A cross-entropy tag warns of nothing.
     model = timm.create_model("resnet18.tv_in1k").eval()
     guard = ebm_guard.wrap(model)
     logits = torch.randn(1000, 1000).numpy()
