@@ -1262,3 +1262,41 @@ def test_exit_codes_reach_the_shell(tmp_path):
         )
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_amp_is_the_same_in_fit_report_and_predict(tmp_path):
+    guard = tmp_path / "guard.safetensors"
+    invoke("fit", "--data", "demo:", "--amp", "-q", "-o", guard)
+    assert json.loads(invoke("info", guard, "--json")[0])["facts"]["dtype"] == "bfloat16"
+    args = ["--data", "demo:", "-q"]
+    invoke("predict", guard, *args, "--amp", "-o", tmp_path / "rows.jsonl")
+    invoke("report", *args, "--guard", guard, "--amp", "-o", tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    share = sum(row["accept"] for row in rows) / len(rows)
+    assert share == pytest.approx(report_of(tmp_path / "out")["gate"]["coverage"]["value"])
+    # Without --amp the same guard sees another dtype, and says so.
+    assert "same dtype" in invoke_any(
+        "predict", guard, *args, "-o", tmp_path / "other.jsonl", codes=(3,)
+    )
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [["--score", "msp"], ["--threshold", "pac"], ["--assurance", "0.9"]],
+    ids=lambda extra: extra[0],
+)
+def test_a_given_guard_takes_no_gate_options(guard, tmp_path, extra):
+    refused(
+        *["report", "--data", "demo:", "--guard", guard, "-o", tmp_path / "out", *extra],
+        code=2,
+        words=[f"--guard and {extra[0]}", "leave one out"],
+        folder=tmp_path,
+    )
+
+
+def test_a_checkpoint_without_a_model_is_refused(tmp_path):
+    np.savez(tmp_path / "z.npz", logits=np.eye(4), labels=np.arange(4))
+    args = ["report", "--data", f"logits:{tmp_path / 'z.npz'}", "-o", tmp_path / "out"]
+    err = invoke_any(*args, "--checkpoint", "weights.safetensors", codes=(2,))
+    assert "without --model" in err

@@ -53,14 +53,15 @@ def command(
         if "calibration" in session.sources and not no_canary:
             source = session.sources["calibration"]
             canary = next(iter(session.batches(source))).inputs[:CANARY_ROWS]
-        guard = Guard(session.classifier).fit(
-            predictions,
-            score=score,
-            threshold=threshold,
-            false_reject_rate=false_reject_rate,
-            assurance=assurance,
-            canary=canary if canary is not None else False,
-        )
+        with session.autocast():
+            guard = Guard(session.classifier).fit(
+                predictions,
+                score=score,
+                threshold=threshold,
+                false_reject_rate=false_reject_rate,
+                assurance=assurance,
+                canary=canary if canary is not None else False,
+            )
     path = guard.save(output)
     manifest = manifest_of(guard.state())
     if as_json:

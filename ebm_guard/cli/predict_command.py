@@ -124,7 +124,9 @@ def _image_rows(session: Session, guard: Guard, data: str) -> Iterator[dict[str,
     with track(f"decide {data}", source.total, enabled=enabled) as advance, model_errors(data):
         for batch in session.batches(source):
             if len(batch.inputs):
-                yield from guard(batch.inputs).rows(batch.ids)
+                with session.autocast():
+                    decision = guard(batch.inputs)
+                yield from decision.rows(batch.ids)
             for name, error in batch.skipped:
                 yield _unreadable(name, error)
             advance(len(batch.ids) + len(batch.skipped))

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from ebm_guard.report import Report
 
 
+_GATE_NAMES = ("score", "threshold", "false_reject_rate", "assurance")
+
+
 @click.command("report")
 @click.option("--data", required=True, metavar="SPEC", help=f"Evaluation data: {SPEC_HELP}.")
 @click.option(
@@ -86,6 +89,12 @@ def command(
 
     for text in requirements:
         parse_requirement(text)
+    chosen = [name for name in _GATE_NAMES if _was_given(name)]
+    if guard_path is not None and chosen:
+        raise InvalidInputError(
+            f"got --guard and --{chosen[0].replace('_', '-')}; a given guard keeps the gate it was "
+            "fitted with, leave one out"
+        )
     if guard_path is not None and calibration_data is not None:
         raise InvalidInputError(
             "got --guard and --calibration-data; a given guard is not refitted, leave one out"
@@ -127,6 +136,11 @@ def command(
     for item in report.requirements:
         click.echo(f"{item.status}: {item.text}: {item.message}", err=True)
     return exit_code(report.requirements, allow_unclear=allow_unclear)
+
+
+def _was_given(name: str) -> bool:
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not None and source is not click.core.ParameterSource.DEFAULT
 
 
 def _predicted(

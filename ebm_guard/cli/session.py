@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TextIO
 
@@ -58,15 +58,28 @@ class Session:
         self._check_data_options(parsed)
         needs_model = any(spec.kind not in STORED_KINDS for spec in parsed)
         model = self._model(parsed) if needs_model or options.model else None
+        if model is None and (options.checkpoint or options.pretrained or options.num_classes):
+            raise InvalidInputError(
+                "got --checkpoint, --pretrained or --num-classes without --model, and no data that "
+                "needs a model; leave them out, or give --model"
+            )
         self.guard: Guard | None = None
+        parameter = None if model is None else next(model.parameters(), None)
+        self._device = "cpu" if parameter is None else parameter.device.type
         if guard_path is not None:
-            self.guard = Guard.load(guard_path, model)
+            # The canary is run as the rows will be, so that --amp is a part of what is verified.
+            with self.autocast():
+                self.guard = Guard.load(guard_path, model)
             self.classifier = self.guard.classifier
             self._check_overrides()
         elif model is not None:
             self.classifier = EnergyClassifier(model, preprocessing=self._preprocessing(model))
         else:
             self.classifier = None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model runs: autocast with ``--amp``, else nothing."""
+        return torch.autocast(self._device) if self.options.amp else nullcontext()
 
     def predictions(
         self, text: str, role: str, name: str, *, features: bool = False
