@@ -114,6 +114,20 @@ def test_rows_without_common_content_are_matched_by_position_when_labels_agree()
     assert "matched by position" in found["note"]
 
 
+def test_other_foreign_images_of_the_same_number_are_no_pairs():
+    one = sets(1.0)
+    other = Predictions(one[1].logits, hashes=one[1].hashes + np.uint64(77_777))
+    found = compared((one[0], other), build_report(one[0], ood={"far": one[1]}))
+    assert "matched by content" in found["note"]
+    assert found["ood"] == {}
+    moved = Predictions(
+        one[0].logits, labels=one[0].labels, hashes=one[0].hashes + np.uint64(99_999)
+    )
+    found = compared((moved, other), build_report(one[0], ood={"far": one[1]}))
+    assert "matched by position" in found["note"]
+    assert set(found["ood"]) == {"far"}
+
+
 @given(st.lists(st.integers(0, 6), max_size=30), st.lists(st.integers(0, 6), max_size=30))
 def test_matching_uses_each_row_once_and_misses_none(first, second):
     one, two = np.array(first, dtype=np.uint64), np.array(second, dtype=np.uint64)

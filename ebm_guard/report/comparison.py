@@ -16,7 +16,7 @@ from ebm_guard.calibration import RowStatistics
 from ebm_guard.calibration.metrics import bin_index
 from ebm_guard.errors import DataError
 from ebm_guard.intervals import LEVEL, Array, Metric, mean, resample_counts
-from ebm_guard.ood.metrics import auroc_difference
+from ebm_guard.ood.metrics import auroc, auroc_difference
 from ebm_guard.report.record import (
     ATTENTION,
     BAD,
@@ -122,7 +122,7 @@ def comparison_section(
             "can be compared row by row"
         )
     old = baseline.rows
-    pairs, note = _pairs(rows, old)
+    pairs, by_position, note = _pairs(rows, old)
     if pairs is None:
         return NotRun(f"the baseline {baseline.name!r} saw other rows: {note}")
     here, there = pairs
@@ -135,7 +135,7 @@ def comparison_section(
         name: changes
         for name in rows.sets
         if name != "evaluation" and name in old.sets
-        for changes in [_ood_changes(rows, old, name, pairs, seed)]
+        for changes in [_ood_changes(rows, old, name, pairs, seed, by_position=by_position)]
         if changes
     }
     if old_score != score and ood:
@@ -166,17 +166,18 @@ def _named(changes: list[Change]) -> dict[str, Change]:
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def _pairs(rows: ReportRows, old: ReportRows) -> tuple[Pairs | None, str]:
+def _pairs(rows: ReportRows, old: ReportRows) -> tuple[Pairs | None, bool, str]:
+    """Return the pairs, whether only their position matched them, and a sentence."""
     found = match(rows.sets["evaluation"].hashes, old.sets["evaluation"].hashes)
     n, m = len(rows.sets["evaluation"].hashes), len(old.sets["evaluation"].hashes)
     if len(found[0]) >= 2:
         share = "" if len(found[0]) == n == m else f" of {n:,} here and {m:,} there"
-        return found, f"{len(found[0]):,} rows matched by content{share}"
+        return found, False, f"{len(found[0]):,} rows matched by content{share}"
     same = rows.labels is not None and old.labels is not None
     if n == m and same and np.array_equal(rows.labels, old.labels):  # type: ignore[arg-type]
         every = np.arange(n, dtype=np.int64)
-        return (every, every), f"{n:,} rows matched by position; their labels agree"
-    return None, "no content in common, and number or labels differ"
+        return (every, every), True, f"{n:,} rows matched by position; their labels agree"
+    return None, False, "no content in common, and number or labels differ"
 
 
 def match(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> Pairs:
@@ -233,11 +234,13 @@ def _gaps(rows: RowStatistics, keep: Array) -> Array:
 
 
 def _ood_changes(
-    rows: ReportRows, old: ReportRows, name: str, pairs: Pairs, seed: int
+    rows: ReportRows, old: ReportRows, name: str, pairs: Pairs, seed: int, *, by_position: bool
 ) -> list[Change]:
     found = match(rows.sets[name].hashes, old.sets[name].hashes)
-    if not len(found[0]) and len(rows.sets[name].hashes) == len(old.sets[name].hashes):
-        every = np.arange(len(rows.sets[name].hashes), dtype=np.int64)
+    n = len(rows.sets[name].hashes)
+    # Only where the contents can never agree: other images of the same number are no pairs.
+    if by_position and not len(found[0]) and n == len(old.sets[name].hashes):
+        every = np.arange(n, dtype=np.int64)
         found = (every, every)
     scores = [
         _picked(part, keep)
@@ -253,8 +256,6 @@ def _ood_changes(
         return []
     if min(len(id_now), len(ood_now)) < 2:
         return []
-    from ebm_guard.ood.metrics import auroc
-
     area = auroc_difference(id_now, id_old, [ood_now], [ood_old])
     changes = [_change("auroc", auroc(id_old, ood_old).value, auroc(id_now, ood_now).value, area)]
     generator = np.random.default_rng(seed)
