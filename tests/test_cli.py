@@ -1300,3 +1300,15 @@ def test_a_checkpoint_without_a_model_is_refused(tmp_path):
     args = ["report", "--data", f"logits:{tmp_path / 'z.npz'}", "-o", tmp_path / "out"]
     err = invoke_any(*args, "--checkpoint", "weights.safetensors", codes=(2,))
     assert "without --model" in err
+
+
+def test_a_limit_holds_for_stored_rows_too(tmp_path):
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(500, 4))
+    np.savez(tmp_path / "z.npz", logits=logits, labels=logits.argmax(axis=1))
+    args = ["--data", f"logits:{tmp_path / 'z.npz'}", "--limit", 200, "-o", tmp_path / "out"]
+    invoke("report", *args)
+    report = report_of(tmp_path / "out")
+    assert report["data"]["evaluation"]["n"] == 200
+    assert report["data"]["evaluation"]["limit"] == 200
+    assert "limited" in {item["code"] for item in report["warnings"]}

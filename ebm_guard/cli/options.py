@@ -131,7 +131,7 @@ _MODEL_OPTIONS = (
     click.option(
         "--limit",
         type=click.IntRange(min=2),
-        help="Use N random rows of each image set; the report says so.",
+        help="Use N random rows of each set; the report says so.",
     ),
     click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
 )

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
@@ -94,8 +95,12 @@ class Session:
         """
         spec = parse_spec(text)
         if spec.kind in STORED_KINDS:
-            part = stored_predictions(spec, labelled=role != "ood")
-            return replace(part, source=text)
+            part = replace(stored_predictions(spec, labelled=role != "ood"), source=text)
+            limit = self.options.limit
+            if limit is None or limit >= len(part):
+                return part
+            kept = part.select(self._chosen(len(part), limit))
+            return replace(kept, notes={**part.notes, "limit": limit})
         source = self.open(spec, role, name)
         classifier = self.require_classifier()
         with model_errors(text):
@@ -131,12 +136,15 @@ class Session:
                 "shards: wds/#val-{000..003}.tar|4000"
             )
         if limit is not None and total is not None and limit < total:
-            generator = np.random.default_rng(options.seed)
-            rows = np.sort(generator.choice(total, limit, replace=False))
-            source = source.subset(rows)
+            source = source.subset(self._chosen(total, limit))
             self._limited.add(name)
         self.sources[name] = source
         return source
+
+    def _chosen(self, total: int, limit: int) -> NDArray[np.int64]:
+        """Choose random rows, in order."""
+        generator = np.random.default_rng(self.options.seed)
+        return np.sort(generator.choice(total, limit, replace=False))
 
     def batches(self, source: ImageSource) -> Iterator[Any]:
         """Yield the batches of a source; the first one also finds the head."""
