@@ -96,12 +96,30 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> tuple[float, float]:
     """
     if not 0 <= successes <= n or n < 1:
         raise InvalidInputError(f"got {successes} of {n}; needed 0 <= successes <= n and n >= 1")
+    return wilson_share(successes / n, n, level)
+
+
+def wilson_share(share: float, n: float, level: float = LEVEL) -> tuple[float, float]:
+    """Compute Wilson's interval of a share, for an effective n that need not be whole.
+
+    Args:
+        share: in [0, 1].
+        n: effective trials, > 0.
+        level: coverage in (0, 1).
+
+    References:
+        Wilson, Probable Inference, JASA 1927; effective n: Kish, Survey Sampling, 1965.
+
+    Example:
+        >>> wilson_share(0.9, 10) == wilson(9, 10)
+        True
+    """
     z = normal_quantile(0.5 + level / 2)
-    share, z2 = successes / n, z * z
+    z2 = z * z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
+    low = 0.0 if share <= 0 else max(0.0, centre - half)
+    high = 1.0 if share >= 1 else min(1.0, centre + half)
     return low, high
 
 
@@ -120,7 +138,7 @@ def mean(values: Array) -> Metric:
     """Return a mean with its normal-theory interval (Student's t, sample variance).
 
     Args:
-        values: (N,), finite.
+        values: (N,).
 
     Example:
         >>> mean(np.array([1.0, 2.0, 3.0])).value
@@ -130,8 +148,9 @@ def mean(values: Array) -> Metric:
 
     n = len(values)
     value = float(np.mean(values, dtype=np.float64))
-    if n < 2:
-        return Metric(value, None, None, n, "none: one row")
+    if n < 2 or not math.isfinite(value):
+        reason = "none: one row" if n < 2 else "none: the mean is not finite"
+        return Metric(value, None, None, n, reason)
     spread = float(np.std(values, ddof=1, dtype=np.float64)) / math.sqrt(n)
     half = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * spread
     return Metric(value, value - half, value + half, n, "Student t")

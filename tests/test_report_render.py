@@ -12,6 +12,7 @@ import jsonschema
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -453,7 +454,8 @@ def test_figures_are_figures_and_leave_the_settings_alone(report):
 def test_reliability_draws_each_full_bin_once_at_its_means(report):
     curve = report["calibration"]["before"]["curve"]
     axes = figures.reliability(curve).axes[0]
-    dots = [tuple(map(float, dot.get_offsets()[0])) for dot in axes.collections]
+    scatters = [item for item in axes.collections if isinstance(item, PathCollection)]
+    dots = [tuple(map(float, dot.get_offsets()[0])) for dot in scatters]
     full = [row for row in curve["bins"] if row["count"]]
     assert len(full) < len(curve["bins"])
     assert dots == [(row["confidence"], row["accuracy"]) for row in full]

@@ -30,6 +30,7 @@ class Calibrator(KeepDouble, ABC):
     """Base of the calibrators: fit on logits and labels, then map logits to probabilities."""
 
     name = ""
+    keeps_prediction = True
 
     @abstractmethod
     def fit(self, logits: Array, labels: NDArray[np.int64]) -> Calibrator:
@@ -99,7 +100,7 @@ class TemperatureScaling(Calibrator):
         self.standard_error: float | None = None
         self.n = 0
 
-    def fit(self, logits: Array, labels: NDArray[np.int64]) -> TemperatureScaling:
+    def fit(self, logits: Array, labels: NDArray[np.int64], sample_weight: Any = None) -> TemperatureScaling:
         """Fit T on held-out logits.
 
         Args:
@@ -137,6 +138,9 @@ class TemperatureScaling(Calibrator):
         if self.status == "not fitted":
             raise NotFittedError("the temperature is not fitted; call fit(logits, labels) first")
         return log_probabilities(logits, float(self.temperature))
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": self.name, "temperature": float(self.temperature), "standard_error": self.standard_error, "status": self.status, "n": self.n}
 
     def settings(self) -> dict[str, Any]:
         """Return status, standard error and n."""
@@ -239,3 +243,9 @@ def _solve(logits: Array, labels: NDArray[np.int64]) -> tuple[float, float, str]
     b = math.exp(u)
     gradient, curvature = _derivatives(logits, labels, b)
     return u, b * b * curvature + b * gradient, "converged"
+
+
+def make_calibrator(name: str) -> Any:
+    from ebm_guard import registry
+
+    return registry.get("calibrator", name).load()()

@@ -16,7 +16,7 @@ from ebm_guard.errors import DataError, EbmGuardError, InvalidInputError
 from ebm_guard.files import replace_folder
 
 SCHEMA = "ebm_guard.predictions/1"
-COLUMNS = ("logits", "features", "labels", "groups", "hashes")
+COLUMNS = ("logits", "features", "labels", "groups", "sample_weight", "hashes")
 Array = NDArray[Any]
 
 
@@ -30,6 +30,8 @@ class Predictions:
         features: (N, D) float32, or None.
         labels: (N,) int64 in 0..C-1, or None.
         groups: (N,) int64 or text, or None.
+        sample_weight: (N,) float64 >= 0, or None; calibration figures and calibrators use it, the
+            gate's promise does not.
         ids: N names, or None for 0..N-1.
         hashes: (N,) uint64 of the rows' content, to tell shared rows.
         kind: ``logits`` or ``probs``.
@@ -44,6 +46,7 @@ class Predictions:
     features: Array | None = None
     labels: NDArray[np.int64] | None = None
     groups: Array | None = None
+    sample_weight: NDArray[np.float64] | None = None
     ids: tuple[str, ...] | None = None
     hashes: NDArray[np.uint64] | None = None
     kind: str = "logits"
@@ -59,7 +62,7 @@ class Predictions:
         n, num_classes = self.logits.shape
         if self.kind not in ("logits", "probs"):
             raise InvalidInputError(f"got kind {self.kind!r}; needed 'logits' or 'probs'")
-        for name in ("features", "labels", "groups", "ids", "hashes"):
+        for name in ("features", "labels", "groups", "sample_weight", "ids", "hashes"):
             column = getattr(self, name)
             if column is not None and len(column) != n:
                 raise DataError(f"{self.source}: got {n} rows of logits and {len(column)} {name}")
@@ -69,6 +72,7 @@ class Predictions:
                 "logits"
             )
         check_labels(self.labels, num_classes, self.source)
+        _check_weights(self.sample_weight, self.source)
         if self.hashes is None:
             object.__setattr__(self, "hashes", hash_rows(self.logits))
 
@@ -226,6 +230,21 @@ def check_labels(labels: NDArray[np.int64] | None, num_classes: int, source: str
             f"{bad[0]} has {labels[bad[0]]}); the model has {num_classes} classes. Select or remap "
             "classes with npz:FILE?classes=..., or take the right model"
         )
+
+
+def _check_weights(weights: Array | None, source: str) -> None:
+    """Refuse weights that are not finite numbers >= 0 with at least one above 0."""
+    if weights is None:
+        return
+    if weights.ndim != 1 or not np.issubdtype(weights.dtype, np.floating):
+        raise DataError(
+            f"{source}: got sample_weight of shape {weights.shape} and dtype {weights.dtype}; "
+            "needed (N,) floating"
+        )
+    bad = int((~(np.isfinite(weights) & (weights >= 0))).sum())
+    if bad or not weights.any():
+        found = f"{bad} negative or non-finite values" if bad else "only zeros"
+        raise DataError(f"{source}: got {found} in sample_weight; needed finite weights >= 0")
 
 
 def _hash_file(path: Path) -> str:

@@ -13,7 +13,7 @@ from ebm_guard.errors import DataError, UnsupportedModelError
 from ebm_guard.model.classifier import check_kind
 from ebm_guard.predictions.record import Array, Predictions, check_logits
 
-_ARRAYS = ("logits", "probs", "labels", "features", "groups", "classes", "ids")
+_ARRAYS = ("logits", "probs", "labels", "features", "groups", "sample_weight", "classes", "ids")
 
 
 def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
@@ -39,7 +39,7 @@ def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
 
 
 def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
-    """Read ``logits:FILE``: ``logits`` or ``probs``, optional labels, features, groups.
+    """Read ``logits:FILE``: ``logits`` or ``probs``, optional labels, features, groups, sample_weight.
 
     Args:
         spec: a ``logits:`` spec.
@@ -68,6 +68,7 @@ def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
     if features is not None and not np.isfinite(features).all():
         raise DataError(f"{spec.text}: the features hold NaN or infinite values; recompute them")
     groups = arrays.get("groups")
+    weights = arrays.get("sample_weight")
     dtype = str(values.dtype)
     stored = values if values.dtype == np.float64 else values.astype(np.float32)
     predictions = Predictions(
@@ -75,6 +76,7 @@ def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
         features=features,
         labels=None if labels is None else integer_labels(labels, len(values), spec.text),
         groups=None if groups is None else checked_groups(groups, len(values), spec.text),
+        sample_weight=None if weights is None else np.asarray(weights, dtype=np.float64),
         ids=tuple(map(str, arrays["ids"])) if "ids" in arrays else None,
         kind=kind,
         dtype=dtype,

@@ -17,7 +17,7 @@ from PIL import Image
 
 from ebm_guard import registry
 from ebm_guard.calibration import row_statistics
-from ebm_guard.calibration.metrics import perfect_ece
+from ebm_guard.calibration.metrics import ece
 from ebm_guard.data.splits import check_disjoint
 from ebm_guard.errors import DataError, InvalidInputError, ModelOutputError
 from ebm_guard.gate import Guard
@@ -54,6 +54,8 @@ class Settings:
 
     Args:
         score: the gate's score.
+        calibrator: the calibrator that ``after`` is measured with.
+        metrics: ``default``, or ``all`` for the metrics and the table of classes on request.
         threshold: ``pac`` or ``marginal``.
         false_reject_rate: target for the share of ID refused.
         assurance: probability that it is met (PAC).
@@ -66,6 +68,7 @@ class Settings:
     """
 
     score: str = "energy"
+    calibrator: str = "temperature"
     threshold: str = "pac"
     false_reject_rate: float = 0.05
     assurance: float = 0.95
@@ -73,6 +76,7 @@ class Settings:
     title: str = "Reliability report"
     command: str | None = None
     images: bool = True
+    metrics: str = "default"
     clock: float | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -140,7 +144,7 @@ def build_report(
             ood={name: _data_set(part, ood_role(name)) for name, part in ood.items()},
         ),
         requirements=[],
-        calibration=calibration_section(evaluation, protocol, settings.seed),
+        calibration=calibration_section(evaluation, ood, protocol, settings.seed, settings.metrics),
         energy=energy_section(evaluation, ood, scores, protocol.cut_on_energy),
         ood=ood_section(evaluation, ood, scores, settings.seed),
         gate=gate_section(evaluation, ood, protocol),
@@ -169,7 +173,11 @@ def _rows(evaluation: Predictions, ood: Mapping[str, Predictions], fitted: Fitte
         name: SetRows(np.asarray(part.hashes), fitted.score.of(part) if usable else None)
         for name, part in {"evaluation": evaluation, **ood}.items()
     }
-    before = None if labels is None else row_statistics(evaluation.logits, labels)
+    before = (
+        None
+        if labels is None
+        else row_statistics(evaluation.logits, labels, sample_weight=evaluation.sample_weight)
+    )
     return ReportRows(sets, labels, before, fitted.after)
 
 
@@ -242,16 +250,16 @@ def _refuse_invalid(name: str, part: Predictions) -> None:
 def _size_warnings(evaluation: Predictions, protocol: Fitted) -> list[Warned]:
     if len(evaluation) >= _SMALL or protocol.after is None:
         return []
-    typical, limit = perfect_ece(protocol.after, seed=0)
+    null95 = ece(protocol.after).null95
     return [
         *_few_per_class(evaluation),
         Warned(
             "small_n",
             f"{len(evaluation):,} evaluation rows are few for ECE and the reliability diagram. A "
-            "perfectly calibrated model with these confidences would show an ECE of "
-            f"{typical:.1%} on average, and below {limit:.1%} in 95 % of cases: an ECE in that "
-            "range says nothing. Most bins hold few rows, so their bars are wide, and below about "
-            "2,000 rows the interval of ECE covers the truth in less than 95 % of cases",
+            f"perfectly calibrated model with these confidences would show an ECE of up to "
+            f"{null95:.1%} (95 % of cases): a lower ECE says nothing. Most bins hold few rows, so "
+            "their bars are wide, and below about 2,000 rows the intervals of calibration errors "
+            "may cover the truth in less than 95 % of cases",
         ),
     ]
 
@@ -300,6 +308,10 @@ def _meta(
     preprocessing = None if classifier is None else classifier.preprocessing
     chosen = {
         "score": protocol.score.name,
+        "calibrator": settings.calibrator
+        if protocol.calibrator is None
+        else protocol.calibrator.name,
+        "metrics": settings.metrics,
         "threshold": settings.threshold,
         "false_reject_rate": settings.false_reject_rate,
         "assurance": settings.assurance,

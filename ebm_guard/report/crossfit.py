@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ebm_guard.calibration import Calibrator, RowStatistics, TemperatureScaling, row_statistics
+from ebm_guard.calibration import Calibrator, RowStatistics, make_calibrator, row_statistics
+from ebm_guard.calibration.metrics import ClassSums
 from ebm_guard.data.splits import two_folds
 from ebm_guard.errors import EbmGuardWarning, TooFewRowsError
 from ebm_guard.gate import Guard, Threshold
+from ebm_guard.intervals import Metric
 from ebm_guard.ood import Score
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.record import Warned
@@ -22,6 +24,8 @@ class Choices(Protocol):
     """The settings that the protocol reads."""
 
     @property
+    def calibrator(self) -> str: ...  # noqa: D102
+    @property
     def threshold(self) -> str: ...  # noqa: D102
     @property
     def false_reject_rate(self) -> float: ...  # noqa: D102
@@ -29,6 +33,19 @@ class Choices(Protocol):
     def assurance(self) -> float: ...  # noqa: D102
     @property
     def seed(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to fit on, and the evaluation rows that may be judged by that fit.
+
+    Args:
+        fit: predictions that share no row with the test rows.
+        test: numbers of the evaluation rows.
+    """
+
+    fit: Predictions
+    test: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,8 @@ class Fitted:
         no_gate: why there is no threshold.
         after: row statistics under a calibrator that did not see the row, None without labels.
         accept: (N,) decisions by a threshold that did not see the row, None without a gate.
+        splits: (rows to fit on, evaluation rows to judge) pairs that cover the evaluation rows;
+            empty for a given guard, which is not refitted.
         fitted_on: where calibrator and threshold come from, in words.
         sentences: the protocol, in words.
         warnings: what went wrong on the way.
@@ -55,6 +74,7 @@ class Fitted:
     no_gate: str
     after: RowStatistics | None
     accept: NDArray[np.bool_] | None
+    splits: list[Split]
     fitted_on: str
     sentences: list[str]
     warnings: list[Warned]
@@ -115,6 +135,7 @@ def _given(
         no_gate=reason,
         after=_after(guard.calibrator, evaluation),
         accept=None if scores is None else scores <= float(threshold.cut),
+        splits=[],
         fitted_on=f"the given guard ({guard.facts.get('n', 0):,} rows of "
         f"{guard.facts.get('source', 'unknown')})",
         sentences=[
@@ -135,7 +156,7 @@ def _held_out(
     scores: NDArray[np.float64] | None,
     choices: Choices,
 ) -> Fitted:
-    calibrator = _calibrator(calibration)
+    calibrator = _calibrator(calibration, choices.calibrator)
     threshold, reason = _threshold(_scores(score, calibration), score, choices)
     where = f"{len(calibration):,} calibration rows"
     return Fitted(
@@ -146,6 +167,7 @@ def _held_out(
         no_gate=reason,
         after=_after(calibrator, evaluation),
         accept=None if threshold is None or scores is None else scores <= float(threshold.cut),
+        splits=[Split(calibration, np.arange(len(evaluation), dtype=np.int64))],
         fitted_on=where,
         sentences=[
             (
@@ -166,15 +188,10 @@ def _two_fold(
     n = len(evaluation)
     first, second = two_folds(n, evaluation.labels, choices.seed)
     pairs = ((first, second), (second, first))
-    after: RowStatistics | None = None
-    if evaluation.labels is not None and min(len(first), len(second)) >= 2:
-        parts = [
-            _after(_calibrator(evaluation.select(fit)), evaluation.select(test))
-            for fit, test in pairs
-        ]
-        joined = RowStatistics.concatenate([part for part in parts if part is not None])
-        # Back into the order of the evaluation rows.
-        after = joined.select(np.argsort(np.concatenate([test for _, test in pairs])))
+    splits = [Split(evaluation.select(fit), test) for fit, test in pairs]
+    after = None
+    if min(len(first), len(second)) >= 2:
+        after = cross_fitted(choices.calibrator, evaluation, splits)
     accept: NDArray[np.bool_] | None = np.zeros(n, dtype=bool)
     reason = ""
     for fit, test in pairs:
@@ -187,11 +204,12 @@ def _two_fold(
     return Fitted(
         score=score,
         id_scores=scores,
-        calibrator=_calibrator(evaluation),
+        calibrator=_calibrator(evaluation, choices.calibrator),
         threshold=threshold,
         no_gate=f"each half of the evaluation rows must do alone: {reason}" if reason else "",
         after=after,
         accept=accept,
+        splits=splits if min(len(first), len(second)) >= 2 else [],
         fitted_on=f"all {n:,} evaluation rows, as deployed",
         sentences=[
             (
@@ -209,16 +227,57 @@ def _two_fold(
     )
 
 
-def _calibrator(part: Predictions) -> Calibrator | None:
+def cross_fitted(name: str, evaluation: Predictions, splits: list[Split]) -> RowStatistics | None:
+    """Return statistics of the evaluation rows under a calibrator that did not see them.
+
+    Args:
+        name: a registered calibrator.
+        evaluation: the rows.
+        splits: who judges whom.
+
+    Returns:
+        In the order of the evaluation rows; None without labels or splits.
+    """
+    parts = []
+    for split in splits:
+        part = _after(_calibrator(split.fit, name), evaluation.select(split.test))
+        if part is None:
+            return None
+        parts.append(part)
+    if not parts:
+        return None
+    order = np.argsort(np.concatenate([split.test for split in splits]))
+    return RowStatistics.concatenate(parts).select(order)
+
+
+def cross_fitted_classwise(fitted: Fitted, evaluation: Predictions, seed: int) -> Metric:
+    """Compute the classwise ECE of the cross-fitted calibrator, which needs all probabilities."""
+    labels = evaluation.require_labels("classwise ECE")
+    name = "temperature" if fitted.calibrator is None else fitted.calibrator.name
+    sums = ClassSums()
+    for split in fitted.splits:
+        calibrator = _calibrator(split.fit, name)
+        transform = None if calibrator is None else calibrator.transform
+        sums = sums.add(evaluation.logits[split.test], labels[split.test], transform=transform)
+    return sums.metric(seed=seed)
+
+
+def _calibrator(part: Predictions, name: str) -> Calibrator | None:
     if part.labels is None:
         return None
-    return TemperatureScaling().fit(part.logits, part.labels)
+    return make_calibrator(name).fit(part.logits, part.labels, part.sample_weight)
 
 
 def _after(calibrator: Calibrator | None, part: Predictions) -> RowStatistics | None:
     if calibrator is None or part.labels is None:
         return None
-    return row_statistics(part.logits, part.labels, transform=calibrator.transform)
+    return row_statistics(
+        part.logits,
+        part.labels,
+        transform=calibrator.transform,
+        keeps_prediction=calibrator.keeps_prediction,
+        sample_weight=part.sample_weight,
+    )
 
 
 def _threshold(
@@ -241,14 +300,7 @@ def _needs_logits(score: Score) -> str:
 
 def calibrator_facts(fitted: Fitted) -> dict[str, Any] | None:
     """Return what the report says about the deployed calibrator."""
-    calibrator = fitted.calibrator
-    if not isinstance(calibrator, TemperatureScaling):
+    if fitted.calibrator is None:
         return None
-    return {
-        "name": calibrator.name,
-        "temperature": float(calibrator.temperature),
-        "standard_error": calibrator.standard_error,
-        "status": calibrator.status,
-        "n": calibrator.n,
-        "fitted_on": fitted.fitted_on,
-    }
+    empty = {"temperature": None, "standard_error": None, "chosen": None, "note": ""}
+    return empty | fitted.calibrator.facts() | {"fitted_on": fitted.fitted_on}

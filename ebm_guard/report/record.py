@@ -11,7 +11,7 @@ import numpy as np
 
 from ebm_guard.report.rows import ReportRows
 
-SCHEMA = "ebm_guard.report/1"
+SCHEMA = "ebm_guard.report/2"
 GOOD, ATTENTION, BAD, UNCLEAR, NOT_RUN = "good", "attention", "bad", "unclear", "not_run"
 
 
@@ -126,12 +126,13 @@ class CalibrationSide(Record):
     """Calibration metrics, before or after a calibrator."""
 
     metrics: Any
+    on_request: Mapping[str, Any] = field(default_factory=dict)
     calibrator: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics and, after calibration, what calibrated them."""
         extra = {} if self.calibrator is None else {"calibrator": plain(self.calibrator)}
-        return dict(plain(self.metrics)) | extra
+        return dict(plain(self.metrics)) | plain(self.on_request) | extra
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,11 @@ class CalibrationSection(Record):
     verdict: Verdict
     before: CalibrationSide
     after: CalibrationSide | NotRun
+    calibrators: Any
+    classes: Any
+    accepted: Any
+    rejected: Any
+    ood_confidence: Mapping[str, Any]
     protocol: str
 
 

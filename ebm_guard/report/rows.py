@@ -61,8 +61,12 @@ class ReportRows:
         for side in ("before", "after"):
             statistics = getattr(self, side)
             if statistics is not None:
-                for field in _STATISTICS:
-                    arrays[f"{side}:{field}"] = _small(getattr(statistics, field))
+                columns = {name: getattr(statistics, name) for name in _STATISTICS}
+                arrays |= {
+                    f"{side}:{name}": _small(values)
+                    for name, values in columns.items()
+                    if values is not None
+                }
         np.savez_compressed(path, **arrays)
 
     @classmethod
@@ -110,6 +114,10 @@ def _statistics(arrays: Mapping[str, NDArray[Any]], side: str) -> RowStatistics 
     if f"{side}:correct" not in arrays:
         return None
     kinds = {"predicted": np.int64, "correct": np.bool_}
-    return RowStatistics(
-        *(arrays[f"{side}:{name}"].astype(kinds.get(name, np.float64)) for name in _STATISTICS)
-    )
+    columns: dict[str, Any] = {
+        name: arrays[f"{side}:{name}"].astype(kinds.get(name, np.float64))
+        for name in _STATISTICS
+        # Weights are the one column that a report may lack.
+        if name != "weight" or f"{side}:weight" in arrays
+    }
+    return RowStatistics(**columns)

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from ebm_guard.report.figures.style import INK, LINE, MUTED, OVER, PAPER, UNDER, styled
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
 
@@ -61,10 +61,11 @@ def _diagram(ax: Axes, curve: Mapping[str, Any]) -> None:
     ax.plot([0, 1], [0, 1], color=LINE, linewidth=1.0, zorder=1)
     rows = [row for row in curve["bins"] if row["count"]]
     largest = max((row["count"] for row in rows), default=1)
+    _band(ax, rows)
     for row in rows:
         confidence, accuracy = row["confidence"], row["accuracy"]
-        # A gap inside the interval may be chance: it is drawn paler.
-        inside = row["low"] is not None and row["low"] <= confidence <= row["high"]
+        # A gap inside the band may be chance: it is drawn paler.
+        inside = row["band_low"] <= accuracy <= row["band_high"]
         ax.bar(
             row["lo"],
             accuracy - confidence,
@@ -76,8 +77,7 @@ def _diagram(ax: Axes, curve: Mapping[str, Any]) -> None:
             linewidth=0,
             zorder=2,
         )
-        if row["low"] is not None:
-            ax.plot([confidence] * 2, [row["low"], row["high"]], color=INK, lw=1.0, zorder=3)
+        ax.plot([confidence] * 2, [row["low"], row["high"]], color=INK, lw=1.0, zorder=3)
         ax.scatter(
             [confidence],
             [accuracy],
@@ -93,6 +93,20 @@ def _diagram(ax: Axes, curve: Mapping[str, Any]) -> None:
     ticks = [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     ax.set_xticks(ticks, [])
     ax.set_yticks(ticks, ["0", "0.2", "0.4", "0.6", "0.8", "1"])
+
+
+def _band(ax: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw where 95 % of the dots of a perfect model of this size would lie."""
+    for row in rows:
+        ax.fill_between(
+            [row["lo"], row["hi"]],
+            row["band_low"],
+            row["band_high"],
+            color=LINE,
+            alpha=0.6,
+            linewidth=0,
+            zorder=0,
+        )
 
 
 def _histogram(ax: Axes, curve: Mapping[str, Any], largest: int) -> None:

@@ -82,6 +82,11 @@ def fixed(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3f}".replace("-", "−")
 
 
+def small(value: float | None) -> str:
+    """Write a small score, such as a part of the Brier score, with four decimals."""
+    return NOTHING if value is None else f"{value:.4f}".replace("-", "−")
+
+
 def interval(metric: Metric | None, kind: str = "percent") -> str:
     """Write the interval of a metric in brackets, with the digits of its value.
 
@@ -217,5 +222,6 @@ KINDS: dict[str, Callable[[float | None], str]] = {
     "points": points,
     "score": score,
     "fixed": fixed,
+    "small": small,
     "number": number,
 }

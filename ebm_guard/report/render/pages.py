@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm_guard.report.render import format as fmt
-from ebm_guard.report.render import view
+from ebm_guard.report.render import calibration_view, view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,19 +24,19 @@ def render_html(report: Mapping[str, Any], figures_svg: Mapping[str, str]) -> st
     has its tables alone.
     """
     page = _environment().get_template("report.html.j2")
-    return page.render(r=report, svg=figures_svg, view=view, fmt=fmt)
+    return page.render(r=report, svg=figures_svg, view=view, calview=calibration_view, fmt=fmt)
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """Render the report as Markdown for pull requests and CI summaries."""
     page = _environment().get_template("report.md.j2")
-    return page.render(r=report, view=view, fmt=fmt)
+    return page.render(r=report, view=view, calview=calibration_view, fmt=fmt)
 
 
 def render_summary(report: Mapping[str, Any]) -> str:
     """Render the verdicts and the key numbers as a small HTML table for notebooks."""
     page = _environment().get_template("summary.html.j2")
-    return page.render(r=report, view=view, fmt=fmt)
+    return page.render(r=report, view=view, calview=calibration_view, fmt=fmt)
 
 
 @lru_cache(maxsize=1)

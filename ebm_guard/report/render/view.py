@@ -161,16 +161,6 @@ def _key_metrics(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
             yield f"Gate: {name} accepted", metric, "percent"
 
 
-def reliability_caption(part: Mapping[str, Any]) -> str:
-    """Describe a reliability diagram in numbers."""
-    ece = part["ece"]
-    return (
-        f"ECE {fmt.metric(ece)}, mean confidence minus accuracy "
-        f"{fmt.metric(part['overconfidence'], 'points')}, n = {fmt.count(ece['n'])}, "
-        f"{part['curve']['n_bins']} bins"
-    )
-
-
 def energy_caption(energy: Mapping[str, Any]) -> str:
     """Describe the energy histogram in numbers."""
     sets = "; ".join(
@@ -276,6 +266,11 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         said.append(
             "Calibration holds on average over many images with the same confidence, not for each "
             "class, each group or each image."
+        )
+        said.append(
+            "A wrong label counts as an error of the model: if 2 % of the labels are wrong, a "
+            "perfect model looks up to 2 points overconfident, and a calibrator fitted on these "
+            "labels makes it underconfident by as much."
         )
     if not_run(report["energy"]) is None:
         said.append(
