@@ -13,7 +13,15 @@ from typing import Any
 
 from ebm_guard.errors import InvalidInputError, suggest
 
-FAMILIES = ("score", "calibrator", "threshold", "calibration_metric", "ood_metric")
+FAMILIES = (
+    "score",
+    "calibrator",
+    "conformal",
+    "selective",
+    "threshold",
+    "calibration_metric",
+    "ood_metric",
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,51 @@ _METHODS = (
         ("logits", "labels"),
         "root of the gradient by Newton in log T, with status, bounds and a standard error",
         default=True,
+    ),
+    Method(
+        "lac",
+        "conformal",
+        "ebm_guard.calibration.conformal:LAC",
+        "Sadinle, Lei and Wasserman, Least Ambiguous Set-Valued Classifiers, JASA 2019",
+        "C(x) = {c: s_c <= q}, s_c = log((1 - p_c) / p_c)",
+        ("log-probabilities", "labels"),
+        "log-odds of the paper's 1 - p: the same order, and nothing ties at 1",
+        default=True,
+    ),
+    Method(
+        "aps",
+        "conformal",
+        "ebm_guard.calibration.conformal:APS",
+        "Romano, Sesia and Candès, Classification with Valid and Adaptive Coverage, NeurIPS 2020",
+        "C(x) = {c: s_c <= q}, s_c = log(a / (1 - a)), a = sum of p_k over p_k > p_c",
+        ("log-probabilities", "labels"),
+        "not randomised, and the mass strictly ahead of the class: the top class is always in",
+    ),
+    Method(
+        "sgr",
+        "selective",
+        "ebm_guard.calibration.certified_cuts:sgr",
+        "Geifman and El-Yaniv, Selective Classification for Deep Networks, NeurIPS 2017, alg. 1",
+        "binary search over ranks: P(Bin(m, risk) <= errors) <= delta / k, k = ceil(log2(n + 1))",
+        ("one ranking", "errors"),
+        "strict cuts and the last certified step; its condition is named",
+        default=True,
+    ),
+    Method(
+        "bonferroni",
+        "selective",
+        "ebm_guard.calibration.certified_cuts:bonferroni",
+        "Angelopoulos et al., Learn then Test, 2021",
+        "P(Bin(m, risk) <= errors) <= delta / G over G declared rules",
+        ("one or two rankings", "errors"),
+    ),
+    Method(
+        "fixed_sequence",
+        "selective",
+        "ebm_guard.calibration.certified_cuts:fixed_sequence",
+        "Angelopoulos et al., Learn then Test, 2021",
+        "declared rules from strict to loose, until the first that fails at delta",
+        ("one or two rankings", "errors", "cuts from other rows"),
     ),
     Method(
         "pac",

@@ -22,7 +22,7 @@ from ebm_guard.data.splits import check_disjoint
 from ebm_guard.errors import DataError, InvalidInputError, ModelOutputError
 from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier, Preprocessing
-from ebm_guard.ood import Score, make_score
+from ebm_guard.ood import Energy, Score, make_score
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.calibration_section import calibration_section
 from ebm_guard.report.comparison import Baseline, comparison_section
@@ -42,6 +42,7 @@ from ebm_guard.report.record import (
 )
 from ebm_guard.report.requirements import judge, parse_requirement
 from ebm_guard.report.rows import ReportRows, SetRows
+from ebm_guard.report.selective_section import selective_section
 
 _RESERVED = ("evaluation", "calibration", "fit")
 _SMALL = 2000
@@ -134,6 +135,7 @@ def build_report(
     protocol = fit_protocol(evaluation, calibration, guard, score, settings)
     scores = _scores(score)
     rows = _rows(evaluation, ood, protocol)
+    energy = Energy().of(evaluation) if evaluation.kind == "logits" else None
     warned += protocol.warnings + _size_warnings(evaluation, protocol)
     report = Report(
         meta=_meta(evaluation, guard, classifier, settings, protocol),
@@ -148,7 +150,9 @@ def build_report(
         energy=energy_section(evaluation, ood, scores, protocol.cut_on_energy),
         ood=ood_section(evaluation, ood, scores, settings.seed),
         gate=gate_section(evaluation, ood, protocol),
-        selective=NotRun("risk-coverage curves are not part of this version"),
+        selective=selective_section(
+            protocol.after, evaluation.labels, energy, protocol.parts, seed=settings.seed
+        ),
         groups=groups_section(evaluation, protocol, settings.seed),
         robustness=NotRun("attacks and corruptions are not part of this version"),
         finetune=NotRun("no fine-tuning was done"),

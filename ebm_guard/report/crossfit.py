@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from ebm_guard.calibration.metrics import ClassSums
 from ebm_guard.data.splits import two_folds
 from ebm_guard.errors import EbmGuardWarning, TooFewRowsError
 from ebm_guard.gate import Guard, Threshold
-from ebm_guard.intervals import Metric
+from ebm_guard.intervals import Array, Metric
 from ebm_guard.ood import Score
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.record import Warned
@@ -49,6 +50,24 @@ class Split:
 
 
 @dataclass(frozen=True)
+class HeldOutPart:
+    """Evaluation rows that one calibrator has not seen.
+
+    Given that calibrator they are exchangeable with inputs to come, which rows that were
+    calibrated by two different calibrators are not.
+
+    Args:
+        index: (M,) positions among the evaluation rows.
+        log_probabilities: maps positions (B,) to log p(y|x) (B, C) under that calibrator.
+        fitted_on: where the calibrator comes from, in words.
+    """
+
+    index: NDArray[np.int64]
+    log_probabilities: Callable[[NDArray[np.int64]], Array]
+    fitted_on: str
+
+
+@dataclass(frozen=True)
 class Fitted:
     """What was fitted for a report, and what it says about the evaluation rows.
 
@@ -62,6 +81,7 @@ class Fitted:
         accept: (N,) decisions by a threshold that did not see the row, None without a gate.
         splits: (rows to fit on, evaluation rows to judge) pairs that cover the evaluation rows;
             empty for a given guard, which is not refitted.
+        parts: evaluation rows with the calibrator that has not seen them; empty without labels.
         fitted_on: where calibrator and threshold come from, in words.
         sentences: the protocol, in words.
         warnings: what went wrong on the way.
@@ -75,6 +95,7 @@ class Fitted:
     after: RowStatistics | None
     accept: NDArray[np.bool_] | None
     splits: list[Split]
+    parts: list[HeldOutPart]
     fitted_on: str
     sentences: list[str]
     warnings: list[Warned]
@@ -126,6 +147,7 @@ def _given(
     scores: NDArray[np.float64] | None,
 ) -> Fitted:
     threshold = guard.state().threshold
+    every = np.arange(len(evaluation), dtype=np.int64)
     reason = "" if scores is not None else _needs_logits(score)
     return Fitted(
         score=score,
@@ -136,6 +158,7 @@ def _given(
         after=_after(guard.calibrator, evaluation),
         accept=None if scores is None else scores <= float(threshold.cut),
         splits=[],
+        parts=_parts(evaluation, [(guard.calibrator, every)], "the given guard"),
         fitted_on=f"the given guard ({guard.facts.get('n', 0):,} rows of "
         f"{guard.facts.get('source', 'unknown')})",
         sentences=[
@@ -159,6 +182,7 @@ def _held_out(
     calibrator = _calibrator(calibration, choices.calibrator)
     threshold, reason = _threshold(_scores(score, calibration), score, choices)
     where = f"{len(calibration):,} calibration rows"
+    every = np.arange(len(evaluation), dtype=np.int64)
     return Fitted(
         score=score,
         id_scores=scores,
@@ -167,7 +191,8 @@ def _held_out(
         no_gate=reason,
         after=_after(calibrator, evaluation),
         accept=None if threshold is None or scores is None else scores <= float(threshold.cut),
-        splits=[Split(calibration, np.arange(len(evaluation), dtype=np.int64))],
+        splits=[Split(calibration, every)],
+        parts=_parts(evaluation, [(calibrator, every)], where),
         fitted_on=where,
         sentences=[
             (
@@ -189,9 +214,9 @@ def _two_fold(
     first, second = two_folds(n, evaluation.labels, choices.seed)
     pairs = ((first, second), (second, first))
     splits = [Split(evaluation.select(fit), test) for fit, test in pairs]
-    after = None
-    if min(len(first), len(second)) >= 2:
-        after = cross_fitted(choices.calibrator, evaluation, splits)
+    splits = splits if min(len(first), len(second)) >= 2 else []
+    fits = [_calibrator(split.fit, choices.calibrator) for split in splits]
+    halves = [(fit, split.test) for fit, split in zip(fits, splits, strict=True)]
     accept: NDArray[np.bool_] | None = np.zeros(n, dtype=bool)
     reason = ""
     for fit, test in pairs:
@@ -207,9 +232,10 @@ def _two_fold(
         calibrator=_calibrator(evaluation, choices.calibrator),
         threshold=threshold,
         no_gate=f"each half of the evaluation rows must do alone: {reason}" if reason else "",
-        after=after,
+        after=_joined(fits, evaluation, splits),
         accept=accept,
-        splits=splits if min(len(first), len(second)) >= 2 else [],
+        splits=splits,
+        parts=_parts(evaluation, halves, "the other half"),
         fitted_on=f"all {n:,} evaluation rows, as deployed",
         sentences=[
             (
@@ -238,9 +264,16 @@ def cross_fitted(name: str, evaluation: Predictions, splits: list[Split]) -> Row
     Returns:
         In the order of the evaluation rows; None without labels or splits.
     """
+    return _joined([_calibrator(split.fit, name) for split in splits], evaluation, splits)
+
+
+def _joined(
+    fits: Sequence[Calibrator | None], evaluation: Predictions, splits: list[Split]
+) -> RowStatistics | None:
+    """Return the statistics of all splits, in the order of the evaluation rows."""
     parts = []
-    for split in splits:
-        part = _after(_calibrator(split.fit, name), evaluation.select(split.test))
+    for fit, split in zip(fits, splits, strict=True):
+        part = _after(fit, evaluation.select(split.test))
         if part is None:
             return None
         parts.append(part)
@@ -248,6 +281,31 @@ def cross_fitted(name: str, evaluation: Predictions, splits: list[Split]) -> Row
         return None
     order = np.argsort(np.concatenate([split.test for split in splits]))
     return RowStatistics.concatenate(parts).select(order)
+
+
+def _parts(
+    evaluation: Predictions,
+    fits: Sequence[tuple[Calibrator | None, NDArray[np.int64]]],
+    fitted_on: str,
+) -> list[HeldOutPart]:
+    """Pair evaluation rows with the calibrator that has not seen them."""
+    parts = []
+    for calibrator, test in fits:
+        if calibrator is None or evaluation.labels is None:
+            return []
+        parts.append(HeldOutPart(test, _Transformed(evaluation, calibrator), fitted_on))
+    return parts
+
+
+@dataclass(frozen=True)
+class _Transformed:
+    """Calibrated log-probabilities of rows, computed when they are asked for."""
+
+    evaluation: Predictions
+    calibrator: Calibrator
+
+    def __call__(self, rows: NDArray[np.int64]) -> Array:
+        return self.calibrator.transform(self.evaluation.logits[rows])
 
 
 def cross_fitted_classwise(fitted: Fitted, evaluation: Predictions, seed: int) -> Metric:

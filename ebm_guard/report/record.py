@@ -239,7 +239,7 @@ class Report(Record):
     energy: EnergySection | NotRun
     ood: Mapping[str, OODSet]
     gate: GateSection | NotRun
-    selective: NotRun
+    selective: Any
     groups: Any
     robustness: NotRun
     finetune: NotRun

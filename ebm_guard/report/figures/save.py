@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ebm_guard.report.figures.energy import energy_histogram
 from ebm_guard.report.figures.ranking import ranked_scores, roc, score_ranking
 from ebm_guard.report.figures.reliability import reliability
+from ebm_guard.report.figures.selective import joint_map, risk_coverage
 from ebm_guard.report.figures.style import THEME, drawing
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def inline_svgs(report: Mapping[str, Any]) -> dict[str, str]:
     for when in ("before", "after"):
         if "curve" in report["calibration"].get(when, {}):
             panels[f"reliability_{when}"] = reliability(report["calibration"][when])
-    shared = ("energy_histogram", "score_ranking")
+    shared = ("risk_coverage", "joint_map", "energy_histogram", "score_ranking")
     panels.update((name, draw()) for name, draw in _figures(report) if name in shared)
     for number, (name, entry) in enumerate(report["ood"].items()):
         if entry.get("roc"):
@@ -70,6 +71,10 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Figu
     if "curve" in calibration.get("before", {}):
         after = calibration["after"] if "curve" in calibration["after"] else None
         yield "reliability", partial(reliability, calibration["before"], after)
+    if "curves" in report["selective"]:
+        yield "risk_coverage", partial(risk_coverage, report["selective"])
+        if report["selective"]["joint"] is not None:
+            yield "joint_map", partial(joint_map, report["selective"])
     if "histogram" in energy:
         yield "energy_histogram", partial(energy_histogram, energy)
     if any(entry.get("roc") for entry in ood.values()):

@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 
 INK, MUTED, LINE, PAPER = "#1f2933", "#5a6672", "#c9d0d8", "#ffffff"
 ID, OVER, UNDER, ACCENT = "#4a5a6b", "#c4500c", "#0b6aa8", "#1d5fa6"
-# Okabe-Ito hues, darkened until each has 3:1 contrast on white.
-SERIES = ("#d1590e", "#0b8a68", "#9b4f8c", "#8a6d0a", "#2d86c0", "#a8323e")
+# Okabe-Ito hues, darkened until each has 4.5:1 contrast on white, as text needs.
+SERIES = ("#bf5510", "#0a7f60", "#9b4f8c", "#8a6d0a", "#2377b0", "#a8323e")
 MARKERS = ("o", "s", "D", "^", "v", "P")
 DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = (
     "-",

@@ -35,16 +35,24 @@ MORE_METRICS = (
     ("ece_classwise", "Classwise ECE", "percent", "mean over classes of the ECE of each"),
     ("brier_top_label", "Top-label Brier score", "small", "squared error of the confidence alone"),
     ("miscalibration", "Miscalibration", "small", "part of it that recalibration would remove"),
-    ("discrimination", "Discrimination", "small", "part that confidence explains; higher is better"),
+    (
+        "discrimination",
+        "Discrimination",
+        "small",
+        "part that confidence explains; higher is better",
+    ),
     ("uncertainty", "Uncertainty", "small", "what a constant confidence would score"),
     ("aurc", "AURC", "small", "mean error rate over all coverages; lower is better"),
     ("e_aurc", "E-AURC", "small", "how much of it a perfect ranking would save"),
 )
 
+
 def reliability_caption(part: Mapping[str, Any]) -> str:
     """Describe a reliability diagram in numbers."""
     ece = part["ece"]
-    null = "" if ece["null95"] is None else f" (a perfect model: below {fmt.percent(ece['null95'])})"
+    null = (
+        "" if ece["null95"] is None else f" (a perfect model: below {fmt.percent(ece['null95'])})"
+    )
     return (
         f"ECE {fmt.metric(ece)}{null}, mean confidence minus accuracy "
         f"{fmt.metric(part['overconfidence'], 'points')}, n = {fmt.count(ece['n'])}, "
@@ -70,8 +78,8 @@ def classes_sentence(table: Mapping[str, Any]) -> str:
             f"Hochberg at 5 % over {table['of']:,} classes)."
         )
     return (
-        f"{table['flagged']:,} of {table['of']:,} predicted classes are miscalibrated beyond chance "
-        f"{side}, although the average over all classes may look right (exact tests, Benjamini "
+        f"{table['flagged']:,} of {table['of']:,} predicted classes are miscalibrated beyond "
+        f"chance {side}, although the average over all classes may look right (exact tests, Benjamini "
         "and Hochberg at 5 %)."
     )
 
@@ -91,3 +99,45 @@ def shifted_calibration(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
         empty = {"accuracy": None, "overconfidence": None, "ece": None}
         rows.append({"name": name, "confidence": text, "n": part["before"]["n"], **empty})
     return rows
+
+
+def selective_caption(selective: Mapping[str, Any]) -> str:
+    """Describe the risk-coverage curve in numbers."""
+    parts = [
+        f"{fmt.percent(row['confidence']['realised'])} answered: accuracy "
+        f"{fmt.metric(row['confidence']['accuracy'])}"
+        for row in selective["accuracy_at"].values()
+    ]
+    return "; ".join([*parts, f"all answered: accuracy {fmt.metric(selective['accuracy'])}"])
+
+
+def curve_rows(curve: Mapping[str, Any], points: int = 20) -> list[dict[str, Any]]:
+    """List some points of a risk-coverage curve, evenly spread, the last one included."""
+    last = len(curve["coverage"]) - 1
+    places = sorted({round(last * step / points) for step in range(1, points + 1)})
+    return [
+        {
+            "coverage": curve["coverage"][at],
+            "risk": {
+                "value": curve["risk"][at],
+                "low": curve["low"][at],
+                "high": curve["high"][at],
+            },
+        }
+        for at in places
+    ]
+
+
+def joint_rows(joint: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Count right and wrong rows by confidence, the surest first."""
+    edges = joint["confidence_edges"]
+    rows = [
+        {
+            "low": edges[at],
+            "high": edges[at + 1],
+            "right": sum(joint["right"][at]),
+            "wrong": sum(joint["wrong"][at]),
+        }
+        for at in range(len(edges) - 1)
+    ]
+    return rows[::-1]

@@ -154,6 +154,9 @@ def kind_of(path: str) -> str:
         return "score"
     if name == "overconfidence":
         return "points"
+    if name == "difference" and "." in path:
+        of = path.split(".")[-2]
+        return "points" if of in ("ece", "accuracy", "fpr95") else "score"
     shares = r"ece|accuracy|coverage|fpr95|accept|reject|risk"
     return "percent" if re.search(shares, path.rsplit("scores.", 1)[-1]) else "number"
 

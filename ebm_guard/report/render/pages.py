@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebm_guard.report.render import format as fmt
 from ebm_guard.report.render import calibration_view, view
+from ebm_guard.report.render import format as fmt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -36,7 +36,6 @@ ROLES = {
     "ood": "OOD",
 }
 NOT_RUN_NAMES = {
-    "selective": "Selective prediction",
     "groups": "Groups",
     "robustness": "Robustness",
     "finetune": "Fine-tuning",
@@ -65,6 +64,7 @@ def pillars(report: Mapping[str, Any]) -> list[dict[str, str]]:
         ("calibration", "Calibration", "calibration"),
         ("ood", "Unknown images", "energy"),
         ("gate", "Gate", "gate"),
+        ("selective", "Selective prediction", "selective"),
         ("robustness", "Robustness", "robustness"),
         ("finetune", "Fine-tuning", "finetune"),
     )
@@ -76,7 +76,8 @@ def pillars(report: Mapping[str, Any]) -> list[dict[str, str]]:
         if reason is None:
             cards.append({"anchor": anchor, "name": name, **report[key]["verdict"]})
         else:
-            target = anchor if key in ("calibration", "energy", "gate") else "not-run"
+            own = ("calibration", "energy", "gate", "selective")
+            target = anchor if key in own else "not-run"
             cards.append(_card(target, name, "not_run", "Not run", sentence(reason)))
     return cards
 
