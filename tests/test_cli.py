@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import click
@@ -667,6 +668,126 @@ def test_unknown_metric_is_wrong_usage(bound, words, tmp_path, quick):
         words=words,
         folder=tmp_path,
     )
+
+
+def test_ends_of_the_interval_and_the_value_alone(tmp_path, quick):
+    base = ["report", "--data", "demo:", "-q", "-o", tmp_path / "out"]
+    invoke(*base)
+    accuracy = report_of(tmp_path / "out")["calibration"]["after"]["accuracy"]
+    bound = (accuracy["low"] + accuracy["value"]) / 2
+    for end, code in (("", 1), ("@value", 0), ("@upper", 0), ("@lower", 1)):
+        _, err = invoke(*base, "--require", f"accuracy>={bound}{end}", code=code)
+        # The last line is the verdict, and names what does not hold.
+        last = err.rstrip().splitlines()[-1]
+        assert (f"accuracy>={bound}{end} (" in last) is (code == 1)
+    assert "1 requirement passed" in invoke(*base, "--require", "accuracy>=0.5")[1]
+
+
+def test_outputs_for_ci(tmp_path, quick):
+    junit, card = tmp_path / "ci" / "junit.xml", tmp_path / "out" / "card.md"
+    base = ["report", "--data", "demo:", "-q", "-o", tmp_path / "out"]
+    files = ["--junit", junit, "--model-card", card]
+    _, err = invoke(*base, *files, "--require", "accuracy>=0.5", "--require", "ece<=1e-9", code=1)
+    suite = ET.parse(junit).getroot()[0]
+    failures = [
+        case.get("name") for case in suite.iter("testcase") if case.find("failure") is not None
+    ]
+    assert failures == ["ece<=1e-9"]
+    assert suite.get("failures") == "1"
+    assert f"junit: {junit}" in err
+    assert f"model card: {card}" in err
+    assert "model-index:" in card.read_text()
+    # The report holds the same verdicts, and a second run replaces all files.
+    assert [item["status"] == "met" for item in report_of(tmp_path / "out")["requirements"]] == [
+        True,
+        False,
+    ]
+    invoke(*base, *files)
+    assert ET.parse(junit).getroot().get("failures") == "0"
+
+
+def test_junit_passes_what_allow_unclear_lets_pass(tmp_path, quick):
+    base = ["report", "--data", "demo:", "-q", "-o", tmp_path / "out"]
+    invoke(*base)
+    value = report_of(tmp_path / "out")["calibration"]["after"]["accuracy"]["value"]
+    junit = tmp_path / "junit.xml"
+    for more, code in (([], 1), (["--allow-unclear"], 0)):
+        invoke(*base, "--require", f"accuracy>={value}", "--junit", junit, *more, code=code)
+        assert ET.parse(junit).getroot().get("failures") == str(code)
+
+
+def test_a_file_of_requirements(tmp_path, quick):
+    bounds = tmp_path / "bounds.toml"
+    bounds.write_text('[requirements]\naccuracy = ">=0.5"\ncoverage = [">=0.5", "<=1"]\n')
+    base = ["report", "--data", "demo:", "-q", "-o", tmp_path / "out", "--require-file", bounds]
+    invoke(*base, "--require", "brier<=1")
+    texts = [item["text"] for item in report_of(tmp_path / "out")["requirements"]]
+    assert texts == ["brier<=1", "accuracy>=0.5", "coverage>=0.5", "coverage<=1"]
+    bounds.write_text("[requirements]\naccuracy = 0.5\n")
+    invoke(*base, code=2)
+    bounds.unlink()
+    invoke(*base, code=3)
+
+
+def test_max_regression(tmp_path, quick):
+    """A model whose logits are blurred is worse on the same rows; itself it is not."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(600) % 4
+    logits = 3 * np.eye(4)[labels] + generator.normal(size=(600, 4))
+    np.savez(tmp_path / "old.npz", logits=logits, labels=labels)
+    blurred = logits + 3 * generator.normal(size=logits.shape)
+    np.savez(tmp_path / "new.npz", logits=blurred, labels=labels)
+
+    def report(name, *more, code=0):
+        data = ["--data", f"logits:{tmp_path / name}.npz", "-o", tmp_path / f"{name}-out"]
+        return invoke("report", *data, *more, code=code)[1]
+
+    report("old")
+    limits = ["--max-regression", "accuracy=0", "--max-regression", "nll=0.001"]
+    against = ["--baseline", tmp_path / "old-out" / "report.json", *limits]
+    assert "2 requirements passed" in report("old", *against)
+    # The first run has replaced the baseline by the same report.
+    err = report("new", *against, "--junit", tmp_path / "junit.xml", code=1)
+    found = report_of(tmp_path / "new-out")["requirements"]
+    assert [item["status"] for item in found] == ["failed", "failed"]
+    assert [item["text"] for item in found] == [
+        "max-regression accuracy=0",
+        "max-regression nll=0.001",
+    ]
+    last = err.rstrip().splitlines()[-1]
+    assert "max-regression accuracy=0 (failed); max-regression nll=0.001 (failed)" in last
+    assert ET.parse(tmp_path / "junit.xml").getroot().get("failures") == "2"
+    jsonschema.validate(report_of(tmp_path / "new-out"), SCHEMA)
+    # Without the rows nothing can be paired, and that is no pass.
+    (tmp_path / "old-out" / "rows.npz").unlink()
+    err = report("new", *against, code=1)
+    assert "no rows.npz" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["--require", "acuracy>=0.5"], 2, ["did you mean 'accuracy'"]),
+        (["--require", "ece<=0.1@uper"], 2, ["did you mean 'upper'"]),
+        (["--max-regression", "ece=0.1"], 2, ["without --baseline"]),
+        (["--max-regression", "ece"], 2, ["METRIC=AMOUNT"]),
+        (["--max-regression", "ecee=1"], 2, ["did you mean 'ece'"]),
+        (["--require-file", "none.toml"], 3, ["none.toml"]),
+        (["--junit", "{}"], 2, ["--junit", "a folder"]),
+        (["--junit", "{}/out/report.json"], 2, ["report.json of --output"]),
+        (["--model-card", "{}/out/report.md"], 2, ["report.md of --output"]),
+        (["--junit", "{}/a", "--model-card", "{}/a"], 2, ["which is --junit"]),
+        (["--model-card", "{}/README.md"], 3, ["it was not touched"]),
+        (["--junit", "{}/README.md/a.xml"], 3, ["cannot write"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_options_for_ci_are_refused_before_the_work(tmp_path, args, code, words, monkeypatch):
+    monkeypatch.setattr("ebm_guard.report.build_report", None)
+    (tmp_path / "README.md").write_text("# My model\n")
+    args = [arg.replace("{}", str(tmp_path)) for arg in args]
+    base = ["report", "--data", "demo:", "-q", "-o", tmp_path / "out"]
+    refused(*base, *args, code=code, words=words, folder=tmp_path)
 
 
 def test_a_requirement_on_what_was_not_run_fails(tmp_path, quick):

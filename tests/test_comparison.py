@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from ebm_guard.calibration import row_statistics
 from ebm_guard.cli import run
 from ebm_guard.errors import DataError
 from ebm_guard.predictions import Predictions
 from ebm_guard.report import build_report
-from ebm_guard.report.comparison import Baseline, match
-from ebm_guard.report.rows import ReportRows
+from ebm_guard.report.comparison import Baseline, comparison_section, match
+from ebm_guard.report.rows import ReportRows, SetRows
 
 
 def sets(scale, seed=0, n=600):
@@ -150,6 +152,73 @@ def test_rows_survive_the_file(tmp_path):
     (tmp_path / "rows.npz").write_bytes((tmp_path / "rows.npz").read_bytes()[:100])
     with pytest.raises(DataError, match="cannot read the rows"):
         ReportRows.read(tmp_path / "rows.npz")
+
+
+def test_an_unchanged_model_shows_a_change_of_exactly_zero(tmp_path):
+    """The file keeps seven digits of a row: the rows of now are rounded alike."""
+    one = sets(1.3)
+    build_report(one[0], ood={"far": one[1]}).save(tmp_path)
+    report = build_report(one[0], ood={"far": one[1]}, baseline=Baseline.read(tmp_path))
+    found = report.to_dict()["comparison"]
+    for part in (found["before"], found["after"], found["ood"]["far"]):
+        for change in part.values():
+            difference = change["difference"]
+            assert [difference[key] for key in ("value", "low", "high")] == [0, 0, 0]
+
+
+def test_accuracy_after_calibration_is_compared_where_a_calibrator_changes_predictions():
+    rows = build_report(sets(1.0)[0]).rows
+    assert rows is not None
+    moved = replace(
+        rows.after, predicted=np.roll(rows.after.predicted, 1), correct=~rows.after.correct
+    )
+    changed = replace(rows, after=moved)
+    old = Baseline({"gate": {}}, changed, "old")
+    found = comparison_section(rows, old, "energy", 0).to_dict()
+    accuracy = found["after"]["accuracy"]
+    assert accuracy["value"] == rows.after.correct.mean()
+    assert accuracy["baseline"] == pytest.approx(1 - accuracy["value"])
+    assert accuracy["better"] is True
+    same = comparison_section(rows, replace(old, rows=rows), "energy", 0).to_dict()
+    assert "accuracy" not in same["after"]
+
+
+def test_weights_count_as_repeated_rows():
+    """The values of whole-number weights are those of rows that stand there as often."""
+    generator = np.random.default_rng(0)
+    old, new = sets(1.0)[0], sets(2.0)[0]
+    weight = generator.integers(1, 4, len(old)).astype(np.float64)
+    repeated = np.repeat(np.arange(len(old)), weight.astype(int))
+
+    def rows_of(part, *, times):
+        if times:
+            labels, logits = part.labels[repeated], part.logits[repeated]
+            hashes, found = (
+                np.arange(len(repeated), dtype=np.uint64),
+                row_statistics(logits, labels),
+            )
+        else:
+            labels, hashes = part.labels, part.hashes
+            found = row_statistics(part.logits, labels, sample_weight=weight)
+        return ReportRows({"evaluation": SetRows(hashes, None)}, labels, found, found)
+
+    found = {
+        times: comparison_section(
+            rows_of(new, times=times),
+            Baseline({"gate": {}}, rows_of(old, times=times), "old"),
+            "energy",
+            0,
+        ).to_dict()
+        for times in (False, True)
+    }
+    for name, change in found[False]["before"].items():
+        again = found[True]["before"][name]
+        for key in ("baseline", "value"):
+            assert change[key] == pytest.approx(again[key], rel=1e-5)
+        difference = change["difference"]
+        assert difference["low"] <= difference["value"] <= difference["high"]
+    assert "sample weights" in found[False]["note"]
+    assert "sample weights" not in found[True]["note"]
 
 
 def test_command_line(tmp_path, capsys):

@@ -43,6 +43,19 @@ class ModelOptions:
     class_map: str | None = None
 
 
+@dataclass(frozen=True)
+class CheckOptions:
+    """What must hold, and where CI finds the verdict."""
+
+    require: tuple[str, ...]
+    require_file: str | None
+    baseline: str | None
+    max_regression: tuple[str, ...]
+    allow_unclear: bool
+    junit: str | None
+    model_card: str | None
+
+
 class Numbers(click.ParamType[tuple[float, ...]]):
     """Comma-separated numbers."""
 
@@ -167,16 +180,48 @@ _GATE_OPTIONS = (
 )
 
 
+_CHECK_OPTIONS = (
+    click.option(
+        "--require",
+        multiple=True,
+        metavar="BOUND",
+        help="Such as 'ece<=0.05', 'auroc>=0.9@lower', 'gate.coverage>=0.94'; @upper, @lower or "
+        "@value compares that one number, not the interval. Repeatable.",
+    ),
+    click.option(
+        "--require-file",
+        metavar="FILE.toml",
+        help="More bounds: the tables [requirements] and [max-regression].",
+    ),
+    click.option(
+        "--baseline",
+        metavar="REPORT.json",
+        help="An older report (with its rows.npz) to compare with, row by row.",
+    ),
+    click.option(
+        "--max-regression",
+        multiple=True,
+        metavar="METRIC=AMOUNT",
+        help="How much worse than --baseline is too much, such as 'ece=0.005'. Repeatable.",
+    ),
+    click.option("--allow-unclear", is_flag=True, help="Let bounds inside an interval pass."),
+    click.option("--junit", metavar="FILE", help="Write the requirements as JUnit XML."),
+    click.option(
+        "--model-card",
+        metavar="FILE",
+        help="Write a Hugging Face model card; a file that is not ours is never overwritten.",
+    ),
+)
+
+
 def model_options(command: Command) -> Command:
     """Add the options of :class:`ModelOptions`; the command gets them as ``options``."""
+    return _grouped(command, "options", ModelOptions, _MODEL_OPTIONS)
 
-    def wrapped(**values: Any) -> Any:
-        own = {item.name: values.pop(item.name) for item in fields(ModelOptions)}
-        return command(options=ModelOptions(**own), **values)
 
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
-    return _with(wrapped, _MODEL_OPTIONS)
+def check_options(command: Command) -> Command:
+    """Add the options of :class:`CheckOptions`; the command gets them as ``checks``."""
+    return _grouped(command, "checks", CheckOptions, _CHECK_OPTIONS)
 
 
 def gate_options(command: Command) -> Command:
@@ -187,6 +232,21 @@ def gate_options(command: Command) -> Command:
 def json_option(command: Command) -> Command:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
+
+
+def _grouped(
+    command: Command,
+    name: str,
+    record: type[ModelOptions | CheckOptions],
+    options: tuple[Callable[[Command], Command], ...],
+) -> Command:
+    def wrapped(**values: Any) -> Any:
+        own = {item.name: values.pop(item.name) for item in fields(record)}
+        return command(**{name: record(**own)}, **values)
+
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    return _with(wrapped, options)
 
 
 def _with(command: Command, options: tuple[Callable[[Command], Command], ...]) -> Command:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ebm_guard.cli.options import SPEC_HELP, ModelOptions, gate_options, json_option, model_options
+from ebm_guard.cli.options import (
+    SPEC_HELP,
+    CheckOptions,
+    ModelOptions,
+    check_options,
+    gate_options,
+    json_option,
+    model_options,
+)
 
 if TYPE_CHECKING:
     from ebm_guard.cli.session import Session
@@ -34,36 +42,22 @@ _GATE_NAMES = ("score", "threshold", "false_reject_rate", "assurance")
     metavar="NAME=SPEC",
     help="An out-of-distribution set; near_... and far_... tell its role. Repeatable.",
 )
-@click.option(
-    "--baseline",
-    metavar="REPORT.json",
-    help="An older report (with its rows.npz) to compare with, row by row.",
-)
 @click.option("--guard", "guard_path", metavar="GUARD", help="Evaluate this guard as it is.")
-@click.option(
-    "--require",
-    "requirements",
-    multiple=True,
-    metavar="BOUND",
-    help="Such as 'ece<=0.05', 'auroc>=0.9', 'gate.coverage>=0.94'. Repeatable.",
-)
-@click.option("--allow-unclear", is_flag=True, help="Let bounds inside an interval pass.")
 @click.option("--save-predictions", metavar="DIR", help="Keep logits and features for later runs.")
 @click.option("--no-images", is_flag=True, help="No thumbnails in the report.")
 @click.option("--title", default="Reliability report", show_default=True, help="Heading.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Where the report goes.")
+@check_options
 @gate_options
 @json_option
 @model_options
 def command(
     options: ModelOptions,
+    checks: CheckOptions,
     data: str,
     calibration_data: str | None,
     ood: tuple[str, ...],
-    baseline: str | None,
     guard_path: str | None,
-    requirements: tuple[str, ...],
-    allow_unclear: bool,
     save_predictions: str | None,
     no_images: bool,
     title: str,
@@ -85,10 +79,8 @@ def command(
     from ebm_guard.files import check_writable
     from ebm_guard.report import Settings, build_report
     from ebm_guard.report.comparison import Baseline
-    from ebm_guard.report.requirements import exit_code, parse_requirement
 
-    for text in requirements:
-        parse_requirement(text)
+    requirements = _requirements(checks)
     chosen = [name for name in _GATE_NAMES if _was_given(name)]
     if guard_path is not None and chosen:
         raise InvalidInputError(
@@ -99,9 +91,10 @@ def command(
         raise InvalidInputError(
             "got --guard and --calibration-data; a given guard is not refitted, leave one out"
         )
-    for folder in filter(None, (output, save_predictions)):
-        check_writable(folder)
-    older = None if baseline is None else Baseline.read(baseline)
+    for target in filter(None, (output, save_predictions, checks.junit, checks.model_card)):
+        check_writable(target)
+    _check_files(checks, Path(output))
+    older = None if checks.baseline is None else Baseline.read(checks.baseline)
     ood_specs = named_specs(ood)
     specs = [data, *([calibration_data] if calibration_data else []), *ood_specs.values()]
     clock = time.perf_counter()
@@ -133,9 +126,66 @@ def command(
         for name, part in parts.items():
             part.save(Path(save_predictions) / name)
     show_report(report, Path(output), as_json=as_json)
+    return _concluded(report, checks)
+
+
+def _requirements(checks: CheckOptions) -> list[str]:
+    """Collect all requirements, and refuse bad ones before the work."""
+    from ebm_guard.errors import InvalidInputError
+    from ebm_guard.report.regression import PREFIX, MaxRegression
+    from ebm_guard.report.requirements import parse_requirement, read_requirements
+
+    texts = [
+        *checks.require,
+        *([] if checks.require_file is None else read_requirements(checks.require_file)),
+        *(f"{PREFIX} {text}" for text in checks.max_regression),
+    ]
+    limits = [item for item in map(parse_requirement, texts) if isinstance(item, MaxRegression)]
+    if limits and checks.baseline is None:
+        raise InvalidInputError(
+            f"got {limits[0].text!r} without --baseline; give the report.json that it is compared "
+            "with, and rows.npz beside it"
+        )
+    return texts
+
+
+def _check_files(checks: CheckOptions, output: Path) -> None:
+    """Refuse files that would overwrite a part of the report, each other, or the user's text."""
+    from ebm_guard.errors import InvalidInputError
+    from ebm_guard.report.model_card import check_model_card
+    from ebm_guard.report.render.output import OURS
+
+    taken = {(output / path).resolve(): f"{path} of --output" for path in OURS}
+    for option, name in (("--junit", checks.junit), ("--model-card", checks.model_card)):
+        if name is None:
+            continue
+        path = Path(name).resolve()
+        if path in taken or path.is_dir() or path == output.resolve():
+            what = taken.get(path, "a folder")
+            raise InvalidInputError(f"got {option} {name!r}, which is {what}; name another file")
+        taken[path] = option
+    if checks.model_card is not None:
+        check_model_card(checks.model_card)
+
+
+def _concluded(report: Report, checks: CheckOptions) -> int:
+    """Write what CI reads, say what holds, and return the exit code."""
+    from ebm_guard.report.junit import write_junit
+    from ebm_guard.report.model_card import write_model_card
+    from ebm_guard.report.requirements import outcome
+
+    if checks.junit is not None:
+        write_junit(report.to_dict(), checks.junit, allow_unclear=checks.allow_unclear)
+        click.echo(f"junit: {checks.junit}", err=True)
+    if checks.model_card is not None:
+        write_model_card(report.to_dict(), checks.model_card)
+        click.echo(f"model card: {checks.model_card}", err=True)
     for item in report.requirements:
         click.echo(f"{item.status}: {item.text}: {item.message}", err=True)
-    return exit_code(report.requirements, allow_unclear=allow_unclear)
+    code, line = outcome(report.requirements, allow_unclear=checks.allow_unclear)
+    if line:
+        click.echo(line, err=True)
+    return code
 
 
 def _was_given(name: str) -> bool:

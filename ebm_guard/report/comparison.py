@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from ebm_guard.calibration import RowStatistics
 from ebm_guard.calibration.metrics import bin_index
+from ebm_guard.calibration.metrics.proper import weighted_mean
 from ebm_guard.errors import DataError
-from ebm_guard.intervals import LEVEL, Array, Metric, mean, resample_counts
+from ebm_guard.intervals import LEVEL, Array, Metric, resample_counts
 from ebm_guard.ood.metrics import auroc, auroc_difference
 from ebm_guard.report.record import (
     ATTENTION,
@@ -31,7 +32,7 @@ from ebm_guard.report.rows import FILE_NAME, ReportRows, SetRows
 _DRAWS = 1000
 _BINS = 15
 # +1: larger is better, -1: smaller is better.
-_DIRECTION = {"accuracy": 1, "nll": -1, "brier": -1, "ece": -1, "auroc": 1, "fpr95": -1}
+DIRECTION = {"accuracy": 1, "nll": -1, "brier": -1, "ece": -1, "auroc": 1, "fpr95": -1}
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,13 @@ def comparison_section(
         for changes in [_ood_changes(rows, old, name, pairs, seed, by_position=by_position)]
         if changes
     }
+    if rows.before is not None and rows.before.weight is not None:
+        note += "; weighted by the sample weights of this report, not by the baseline's"
     if old_score != score and ood:
         note += f"; the baseline's gate used {old_score}, this one {score}"
-    # A temperature changes no prediction: accuracy is said once.
-    sides["after"] = [item for item in sides["after"] if item.name != "accuracy"]
+    if _same_predictions(rows) and _same_predictions(old):
+        # A temperature changes no prediction: accuracy is said once.
+        sides["after"] = [item for item in sides["after"] if item.name != "accuracy"]
     everything = [
         *sides["before"],
         *sides["after"],
@@ -157,6 +161,13 @@ def comparison_section(
         after=_named(sides["after"]),
         ood={name: _named(part) for name, part in ood.items()},
     )
+
+
+def _same_predictions(rows: ReportRows) -> bool:
+    before, after = rows.before, rows.after
+    if before is None or after is None:
+        return True
+    return np.array_equal(before.predicted, after.predicted)
 
 
 def _named(changes: list[Change]) -> dict[str, Change]:
@@ -205,30 +216,46 @@ def _row_changes(
 ) -> list[Change]:
     if now is None or old is None:
         return []
+    weight = None if now.weight is None else now.weight[here]
     changes = []
     for name in ("accuracy", "nll", "brier"):
         field = "correct" if name == "accuracy" else name
-        new = getattr(now, field)[here].astype(np.float64)
-        before = getattr(old, field)[there].astype(np.float64)
-        changes.append(_change(name, float(before.mean()), float(new.mean()), mean(new - before)))
-    gaps = [_gaps(part, rows) for part, rows in ((now, here), (old, there))]
+        new, before = _as_stored(getattr(now, field)[here]), _as_stored(getattr(old, field)[there])
+        baseline, value = (float(np.average(part, weights=weight)) for part in (before, new))
+        changes.append(_change(name, baseline, value, weighted_mean(new - before, weight)))
+    changes.append(_ece_change(now, old, here, there, seed))
+    return changes
+
+
+def _ece_change(
+    now: RowStatistics, old: RowStatistics, here: Array, there: Array, seed: int
+) -> Change:
+    """Compare the ECE of two sides by a bootstrap over their common rows."""
     n = len(here)
-    values = [float(np.abs(part.sum(axis=0)).sum() / n) for part in gaps]
+    weight = np.ones(n) if now.weight is None else now.weight[here]
+    gaps = [weight[:, None] * _gaps(part, rows) for part, rows in ((now, here), (old, there))]
+
+    def eces(counts: Array) -> list[Array]:
+        return [np.abs(counts @ part).sum(axis=1) / (counts @ weight) for part in gaps]
 
     def difference(counts: Array) -> Array:
-        sides = [np.abs(counts @ part).sum(axis=1) / n for part in gaps]
-        return np.asarray(sides[0] - sides[1])
+        new, before = eces(counts)
+        return np.asarray(new - before)
 
     draws = max(100, min(_DRAWS, 20_000_000 // n))
     resampled = resample_counts(n, draws, np.random.default_rng(seed), difference)
-    metric = _bootstrapped(values[0] - values[1], resampled, n)
-    changes.append(_change("ece", values[1], values[0], metric))
-    return changes
+    value, baseline = (float(part[0]) for part in eces(np.ones((1, n))))
+    return _change("ece", baseline, value, _bootstrapped(value - baseline, resampled, n))
+
+
+def _as_stored(values: Array) -> NDArray[np.float64]:
+    """Round to the digits that rows.npz keeps, so that an unchanged model shows a change of 0."""
+    return values.astype(np.float32).astype(np.float64)
 
 
 def _gaps(rows: RowStatistics, keep: Array) -> Array:
     by_bin = np.zeros((len(keep), _BINS))
-    confidence = rows.confidence[keep]
+    confidence = _as_stored(rows.confidence[keep])
     by_bin[np.arange(len(keep)), bin_index(confidence, _BINS)] = confidence - rows.correct[keep]
     return by_bin
 
@@ -292,9 +319,9 @@ def _change(name: str, baseline: float, value: float, difference: Metric) -> Cha
     better: bool | None = None
     if difference.low is not None and difference.high is not None:
         if difference.low > 0:
-            better = _DIRECTION[name] > 0
+            better = DIRECTION[name] > 0
         elif difference.high < 0:
-            better = _DIRECTION[name] < 0
+            better = DIRECTION[name] < 0
     return Change(name, baseline, value, difference, better)
 
 

@@ -1,164 +1,157 @@
-"""Bounds on metrics: ``ece<=0.05``, ``ood.svhn.scores.energy.auroc>=0.9``, and their verdict."""
+"""What a model must hold, its verdict and the exit code: bounds, and limits on regressions."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.errors import DataError, InvalidInputError
+from ebm_guard.report.bounds import Bound, judge_bound, parse_bound
 from ebm_guard.report.record import Requirement
+from ebm_guard.report.regression import (
+    PREFIX,
+    MaxRegression,
+    judge_regression,
+    parse_regression,
+)
 
-_FORM = re.compile(r"^\s*(?P<path>[A-Za-z0-9_.\-]+)\s*(?P<operator><=|>=|<|>)\s*(?P<bound>\S+)\s*$")
-_AFTER = ("accuracy", "nll", "brier", "ece", "overconfidence")
-_WORST = {"auroc": min, "fpr95": max, "fpr95_ood_positive": max}
 
-
-@dataclass(frozen=True)
-class Bound:
-    """A parsed requirement.
+class Outcome(NamedTuple):
+    """The verdict over all requirements.
 
     Args:
-        text: as the user wrote it.
-        path: metric path or short form.
-        operator: ``<=``, ``>=``, ``<`` or ``>``.
-        bound: finite.
+        code: 0 when all hold, else 1: the exit code.
+        line: the verdict in one line, which names what does not hold; '' without requirements.
     """
 
-    text: str
-    path: str
-    operator: str
-    bound: float
+    code: int
+    line: str
 
 
-def parse_requirement(text: str) -> Bound:
-    """Parse a requirement such as ``ece<=0.05``.
+def parse_requirement(text: str) -> Bound | MaxRegression:
+    """Parse a bound such as ``ece<=0.05@upper``, or ``max-regression ece=0.005``.
 
     Raises:
-        InvalidInputError: not of the form PATH OPERATOR NUMBER.
+        InvalidInputError: neither; see :func:`parse_bound` and :func:`parse_regression`.
 
     Example:
         >>> parse_requirement("ece <= 0.05").bound
         0.05
+        >>> parse_requirement("max-regression accuracy=0.01").amount
+        0.01
     """
-    match = _FORM.match(text)
+    first, _, rest = text.strip().partition(" ")
+    return parse_regression(rest) if first == PREFIX else parse_bound(text)
+
+
+def read_requirements(path: str | Path) -> list[str]:
+    """Read the requirements of a TOML file.
+
+    The table ``[requirements]`` maps metric paths to an operator and a number, or to a list of
+    such; ``[max-regression]`` maps metrics to amounts::
+
+        [requirements]
+        ece = "<=0.05@upper"
+        ood.far_photos.scores.energy.auroc = ">=0.9"
+        coverage = [">=0.93", "<=0.98"]
+
+        [max-regression]
+        accuracy = 0.01
+
+    Returns:
+        The requirements as :func:`parse_requirement` takes them, in their order.
+
+    Raises:
+        DataError: the file is missing or is no TOML.
+        InvalidInputError: it has other tables, or none of them, or values of another kind.
+    """
     try:
-        bound = float(match["bound"]) if match else math.nan
-    except ValueError:
-        bound = math.nan
-    if match is None or not math.isfinite(bound):
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read the requirements in {path}: {error}") from None
+    tables = ("requirements", PREFIX)
+    other = [name for name in content if name not in tables]
+    if other or not content or not all(isinstance(part, dict) for part in content.values()):
         raise InvalidInputError(
-            f"got requirement {text!r}; needed METRIC OPERATOR NUMBER, such as 'ece<=0.05', "
-            "'auroc>=0.9' or 'ood.NAME.scores.energy.fpr95<=0.3'"
+            f"{path} has {', '.join(map(repr, other)) or 'no table of requirements'}; needed the "
+            f"tables [requirements] and [{PREFIX}], and no others"
         )
-    return Bound(text.strip(), match["path"], match["operator"], bound)
+    return [
+        *(f"{metric}{rule}" for metric, rule in _flat(path, content.get(tables[0], {}), str)),
+        *(
+            f"{PREFIX} {metric}={amount}"
+            for metric, amount in _flat(path, content.get(PREFIX, {}), (int, float))
+        ),
+    ]
 
 
-def judge(bounds: Sequence[Bound], report: Mapping[str, Any]) -> list[Requirement]:
+def judge(
+    requirements: Sequence[Bound | MaxRegression], report: Mapping[str, Any]
+) -> list[Requirement]:
     """Judge requirements on a report.
 
-    Short forms: ``ece``, ``nll``, ``brier``, ``accuracy`` are the deployed calibrator's;
-    ``auroc``, ``fpr95`` are the gate's score on its worst OOD set; ``coverage`` is the gate's.
-
     Args:
-        bounds: parsed requirements.
+        requirements: as :func:`parse_requirement` returns them.
         report: the report as JSON types.
 
     Returns:
-        One record each: ``met`` or ``failed`` when the whole 95 % interval lies on one side of the
-        bound, ``unclear`` when the bound is inside it. A metric that was not run fails.
+        One record each; see :func:`judge_bound` and :func:`judge_regression`.
 
     Raises:
-        InvalidInputError: a path that no report has.
+        InvalidInputError: a path that this report does not have, or an end that a metric lacks.
     """
-    return [_judged(bound, report) for bound in bounds]
+    return [
+        judge_regression(item, report)
+        if isinstance(item, MaxRegression)
+        else judge_bound(item, report)
+        for item in requirements
+    ]
 
 
-def exit_code(requirements: Sequence[Requirement], *, allow_unclear: bool = False) -> int:
-    """Return 0 when all requirements are met, else 1."""
-    good = ("met", "unclear") if allow_unclear else ("met",)
-    return 0 if all(item.status in good for item in requirements) else 1
+def holds(status: str, *, allow_unclear: bool = False) -> bool:
+    """Return whether a requirement of this status lets a run pass.
+
+    Example:
+        >>> holds("unclear"), holds("unclear", allow_unclear=True)
+        (False, True)
+    """
+    return status == "met" or (allow_unclear and status == "unclear")
 
 
-def _judged(bound: Bound, report: Mapping[str, Any]) -> Requirement:
-    path, metric, missing = _find(bound, report)
-    if metric is None or metric["value"] is None:
-        message = f"{path} was not measured: {missing or 'no value'}"
-        return Requirement(
-            bound.text, path, bound.operator, bound.bound, None, None, None, "failed", message
-        )
-    value = metric["value"]
-    low = value if metric["low"] is None else metric["low"]
-    high = value if metric["high"] is None else metric["high"]
-    holds = [_holds(end, bound.operator, bound.bound) for end in (value, low, high)]
-    if all(holds):
-        status, words = "met", "the whole 95 % interval meets the bound"
-    elif not any(holds):
-        status, words = "failed", "the whole 95 % interval misses the bound"
-    else:
-        side = "meets" if holds[0] else "misses"
-        status, words = "unclear", f"the value {side} the bound, which lies inside the interval"
-    message = f"{path} = {value:.4g} [{low:.4g}, {high:.4g}]: {words}"
-    return Requirement(
-        bound.text, path, bound.operator, bound.bound, value, low, high, status, message
-    )
+def outcome(requirements: Sequence[Requirement], *, allow_unclear: bool = False) -> Outcome:
+    """Sum up judged requirements: the one place that gives verdict and exit code.
+
+    Example:
+        >>> outcome([])
+        Outcome(code=0, line='')
+    """
+    if not requirements:
+        return Outcome(0, "")
+    missed = [item for item in requirements if not holds(item.status, allow_unclear=allow_unclear)]
+    total = f"{len(requirements)} requirement{'' if len(requirements) == 1 else 's'}"
+    if missed:
+        names = "; ".join(f"{item.text} ({item.status})" for item in missed)
+        return Outcome(1, f"{len(missed)} of {total} not met: {names}")
+    unclear = sum(item.status == "unclear" for item in requirements)
+    allowed = f", {unclear} of them unclear, which --allow-unclear lets pass" if unclear else ""
+    return Outcome(0, f"{total} passed{allowed}")
 
 
-def _holds(value: float, operator: str, bound: float) -> bool:
-    if operator == "<=":
-        return value <= bound
-    if operator == ">=":
-        return value >= bound
-    return value < bound if operator == "<" else value > bound
-
-
-def _find(
-    bound: Bound, report: Mapping[str, Any]
-) -> tuple[str, Mapping[str, Any] | None, str | None]:
-    """Return the full path, the metric or None, and why it is missing."""
-    path = bound.path
-    if path in _AFTER:
-        path = f"calibration.after.{path}"
-    elif path == "coverage":
-        path = "gate.coverage"
-    elif path in _WORST:
-        worst = _worst_set(path, report)
-        if worst is None:
-            return path, None, "no OOD set was given, or the gate's score was not run"
-        path = worst
-    node: Any = report
-    walked: list[str] = []
-    for key in path.split("."):
-        if isinstance(node, Mapping) and "not_run" in node:
-            return path, None, str(node["not_run"])
-        if not isinstance(node, Mapping) or key not in node:
-            known = list(node) if isinstance(node, Mapping) else []
-            where = ".".join(walked) or "the report"
-            raise InvalidInputError(
-                f"got requirement {bound.text!r}; {where} has no {key!r}{suggest(key, known)}; it "
-                f"has {', '.join(map(str, known)) or 'no parts'}"
-            )
-        node = node[key]
-        walked.append(key)
-    if node is None:
-        return path, None, "there were no rows to measure it on"
-    if isinstance(node, Mapping) and "not_run" in node:
-        return path, None, str(node["not_run"])
-    if not isinstance(node, Mapping) or "value" not in node:
-        raise InvalidInputError(
-            f"got requirement {bound.text!r}; {path} is not a metric with a value; "
-            f"it has {', '.join(map(str, node)) if isinstance(node, Mapping) else node!r}"
-        )
-    return path, node, None
-
-
-def _worst_set(metric: str, report: Mapping[str, Any]) -> str | None:
-    score = report["gate"].get("score", "energy")
-    values = {
-        f"ood.{name}.scores.{score}.{metric}": part["scores"][score][metric]["value"]
-        for name, part in report["ood"].items()
-        if metric in part["scores"].get(score, {})
-    }
-    return _WORST[metric](values, key=lambda path: values[path]) if values else None
+def _flat(
+    path: str | Path, table: Mapping[str, Any], kind: type | tuple[type, ...], start: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value); TOML reads a bare dotted key as tables inside tables."""
+    for key, value in table.items():
+        name = f"{start}{key}"
+        if isinstance(value, dict):
+            yield from _flat(path, value, kind, f"{name}.")
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, kind) or isinstance(item, bool):
+                raise InvalidInputError(
+                    f"{path} has {name} = {item!r}; needed an operator and a number in quotes, "
+                    f'such as "<=0.05", or a plain number in [{PREFIX}]'
+                )
+            yield name, item
