@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import oracles
@@ -10,12 +11,13 @@ import torch
 
 from ebm_guard import registry
 from ebm_guard.calibration import row_statistics
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.errors import InvalidInputError, NotFittedError
 from ebm_guard.gate import ACCEPT, INVALID, REJECT, Guard
 from ebm_guard.ood import make_score
-from ebm_guard.predictions import Predictions
+from ebm_guard.predictions import LinearHead, Predictions
 
 SCORES = [method.name for method in registry.methods("score")]
+FITTED = [method.name for method in registry.methods("feature_score")]
 ROWS = [pytest.param(method, id=f"{method.family}-{method.name}") for method in registry.methods()]
 
 
@@ -168,6 +170,109 @@ def test_scoring_stored_predictions_equals_scoring_tensors(name):
     assert np.array_equal(found, score(torch.from_numpy(inside)).double().numpy())
 
 
+def featured(name, rows=400, classes=4, width=10):
+    """ID rows lie around their class's features, OOD rows anywhere; with the head's logits."""
+    world = oracles.generator("head", classes, width)
+    means = world.gamma(2.0, 2.0, size=(classes, width))
+    head = LinearHead((means - means.mean(axis=0)) / 4)
+    rng = oracles.generator("featured", name)
+    labels = np.arange(rows) % classes
+    inside = np.abs(means[labels] + rng.normal(0, 0.4, size=(rows, width)))
+    outside = rng.exponential(1.5, size=(rows, width))
+    return [
+        Predictions(
+            head.logits(part).astype(np.float32),
+            features=part.astype(np.float32),
+            labels=labels,
+            head=head,
+        )
+        for part in (inside, outside)
+    ]
+
+
+@pytest.fixture(scope="module")
+def fitted_scores():
+    """Every score that is fitted, on the same ID rows."""
+    return {name: make_score(name).fit(featured("fit")[0]) for name in FITTED}
+
+
+def columns(predictions):
+    return torch.from_numpy(predictions.logits), torch.from_numpy(predictions.features)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_scores_are_higher_out_of_distribution(fitted_scores, name):
+    inside, outside = (fitted_scores[name].of(part) for part in featured("sign"))
+    assert outside.mean() > inside.mean()
+    assert oracles.auroc(inside[:100].tolist(), outside[:100].tolist()) > 0.9
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_scores_do_not_depend_on_the_batch(fitted_scores, name):
+    logits, features = columns(featured("batch", rows=32)[1])
+    score = fitted_scores[name]
+    together = score(logits, features)
+    assert together.shape == (32,)
+    single = [score(logits[row : row + 1], features[row : row + 1]) for row in range(32)]
+    assert torch.allclose(together, torch.cat(single), rtol=1e-5, atol=1e-5)
+    order = torch.from_numpy(oracles.generator("order").permutation(32))
+    assert torch.allclose(score(logits[order], features[order]), together[order], rtol=1e-5)
+    assert score(logits[:0], features[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_order_of_classes_does_not_matter_to_fitted_scores(fitted_scores, name):
+    order = oracles.generator("class order").permutation(4)
+
+    def reordered(part):
+        return replace(
+            part,
+            logits=part.logits[:, order],
+            labels=np.argsort(order)[part.labels],
+            head=LinearHead(part.head.weight[order]),
+        )
+
+    inside, rows = featured("fit")[0], featured("rows", rows=40)[1]
+    found = make_score(name).fit(reordered(inside)).of(reordered(rows))
+    assert np.allclose(found, fitted_scores[name].of(rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_fitted_scores_come_back_to_the_bit(fitted_scores, name):
+    score, rows = fitted_scores[name], featured("state")[1]
+    rebuilt = type(score).from_state(
+        dict(score.state_dict()), json.loads(json.dumps(score.settings(), allow_nan=False))
+    )
+    assert rebuilt.settings() == score.settings()
+    assert score.name == name
+    assert np.array_equal(rebuilt.of(rows), score.of(rows))
+    assert all(value.is_floating_point() for value in score.state_dict().values())
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_scores_before_their_fit_say_so(name):
+    score, rows = make_score(name), featured("early", rows=40)[0]
+    assert score.needs_fit
+    assert score.why_not_fit(rows) is None
+    with pytest.raises(NotFittedError):
+        score.of(rows)
+
+
+@pytest.mark.parametrize("name", [*SCORES, *FITTED])
+def test_what_a_score_says_of_its_needs_is_true(name):
+    score = make_score(name)
+    rows = featured("needs")[0]
+    lacking = {"features": "needs_features", "head": "needs_head", "labels": "needs_labels"}
+    for column, need in lacking.items():
+        # The head goes with the features: it is no use without them.
+        without = replace(rows, **{column: None})
+        reason = score.why_not_fit(without)
+        assert (reason is not None) == getattr(score, need), (column, reason)
+        if reason is None:
+            assert np.isfinite(make_score(name).fit(without).of(without)).all()
+    assert (score.why_not(replace(rows, kind="probs")) is None) == score.from_probabilities
+
+
 @pytest.mark.parametrize("method", ROWS)
 def test_row_of_the_registry_is_complete(method):
     assert method.family in registry.FAMILIES
@@ -212,6 +317,7 @@ def test_one_default_where_something_is_chosen(family):
     [
         ("score", "enrgy", "energy"),
         ("score", "max_logit", "maxlogit"),
+        ("feature_score", "mahalanobi", "mahalanobis"),
         ("calibrator", "temprature", "temperature"),
         ("threshold", "margin", "marginal"),
         ("ood_metric", "fpr_95", "fpr95"),
@@ -245,8 +351,16 @@ def test_ood_metrics_take_two_sets_of_scores(method):
 )
 def test_calibration_metrics_take_row_statistics(method):
     inside, _ = toy("calibration metric")
-    rows = row_statistics(inside, oracles.draw_labels(inside, oracles.generator("y")))
-    metric = method.load()(rows)
+    labels = oracles.draw_labels(inside / 4, oracles.generator("y"))
+    rows = row_statistics(inside, labels)
+    if method.name == "class_table":
+        table = method.load()(rows, inside.shape[1])
+        assert sorted(row.index for row in table) == list(range(inside.shape[1]))
+        assert sum(row.n for row in table) == len(inside)
+        return
+    # Classwise ECE looks at all probabilities, the others at the predicted class alone.
+    classwise = method.name == "ece_classwise"
+    metric = method.load()(inside, labels) if classwise else method.load()(rows)
     assert metric.low <= metric.value <= metric.high
     assert metric.n == len(inside)
     assert metric.method
@@ -274,4 +388,7 @@ def test_calibrators_fit_and_come_back(method):
     assert np.array_equal(rebuilt.transform(inside), calibrator.transform(inside))
     probabilities = np.exp(calibrator.transform(inside))
     assert np.allclose(probabilities.sum(axis=1), 1)
-    assert np.array_equal(probabilities.argmax(axis=1), inside.argmax(axis=1))
+    predicted, confidence = (part.numpy() for part in calibrator.predict(torch.from_numpy(inside)))
+    kept = inside if calibrator.keeps_prediction else probabilities
+    assert np.array_equal(predicted, kept.argmax(axis=1))
+    assert np.allclose(confidence, probabilities[np.arange(len(inside)), predicted])

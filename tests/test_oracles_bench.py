@@ -11,8 +11,9 @@ import pytest
 import torch
 from scipy import special
 
-from ebm_guard.calibration import row_statistics
-from ebm_guard.calibration.metrics import RowStatistics, ece
+from ebm_guard.calibration import TemperatureScaling, row_statistics
+from ebm_guard.calibration.metrics import RowStatistics, ece, mce
+from ebm_guard.errors import InvalidInputError
 from ebm_guard.ood import make_score, ood_metrics
 
 # What these libraries deprecate or import is not ours to judge.
@@ -76,6 +77,57 @@ def test_torchmetrics_has_a_sixteenth_bin_for_confidence_one():
     assert theirs.item() == pytest.approx((1.5 + 0.5) / 12)
     netcal = optional("netcal.metrics")
     assert netcal.ECE(15).measure(p.numpy(), labels.numpy()) == pytest.approx((0.5 + 0.5) / 12)
+
+
+@pytest.mark.parametrize("classes", [3, 10])
+def test_mce_equals_netcal_and_torchmetrics_where_every_bin_has_a_row(classes):
+    netcal = optional("netcal.metrics")
+    functional = optional("torchmetrics.functional.classification")
+    logits, labels = sample(classes)
+    p = special.softmax(logits, axis=1)
+    ours = mce(row_statistics(logits, labels), min_count=1, draws=2).value
+    assert ours == pytest.approx(netcal.MCE(15).measure(p, labels), abs=1e-9)
+    theirs = functional.multiclass_calibration_error(
+        torch.from_numpy(p), torch.from_numpy(labels), num_classes=classes, n_bins=15, norm="max"
+    )
+    assert ours == pytest.approx(theirs.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2])
+def test_nan_gives_numbers_elsewhere_and_an_error_here(share):
+    """When one of these raises, the library has been repaired: then say so in the docs."""
+    functional = optional("torchmetrics.functional.classification")
+    netcal = optional("netcal.metrics")
+    logits, labels = sample(3)
+    p = special.softmax(logits, axis=1)
+    bad = np.arange(len(p)) < share * len(p)
+    p[bad] = np.nan
+    logits[bad] = np.nan
+    theirs = functional.multiclass_calibration_error(
+        torch.from_numpy(p), torch.from_numpy(labels), num_classes=3, n_bins=15
+    )
+    assert torch.isfinite(theirs)
+    assert np.isfinite(netcal.ECE(15).measure(p, labels))
+    with pytest.raises(InvalidInputError, match=f"{bad.sum()} rows with NaN"):
+        row_statistics(logits, labels)
+
+
+def test_netcal_does_not_move_float32_probabilities():
+    """Up to 1.4 its temperature of float32 probabilities is 1, where 2 is right."""
+    scaling = optional("netcal.scaling")
+    rng = oracles.generator("netcal float32")
+    logits = rng.normal(0, 3, (2000, 5))
+    labels = oracles.draw_labels(logits / 2, rng)
+    p = special.softmax(logits, axis=1)
+    theirs = {}
+    for dtype in (np.float32, np.float64):
+        fitted = scaling.TemperatureScaling()
+        fitted.fit(p.astype(dtype), labels)
+        theirs[dtype] = 1 / float(np.ravel(fitted.temperature)[0])
+    ours = float(TemperatureScaling().fit(logits, labels).temperature)
+    assert theirs[np.float32] == pytest.approx(1, abs=1e-6)
+    assert theirs[np.float64] == pytest.approx(ours, rel=0.01)
+    assert ours == pytest.approx(2, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("energy", "EnergyBased"), ("maxlogit", "MaxLogit")])

@@ -8,7 +8,9 @@ import pytest
 import torch
 from scipy import optimize, special
 
-from ebm_guard.calibration import TemperatureScaling, calibrators, row_statistics
+from ebm_guard.calibration import TemperatureScaling, row_statistics
+from ebm_guard.calibration.calibrators import base
+from ebm_guard.calibration.calibrators import temperature as temperature_module
 from ebm_guard.calibration.metrics import accuracy, ece, nll
 from ebm_guard.errors import EbmGuardWarning, InvalidInputError, NotFittedError
 
@@ -101,11 +103,124 @@ def test_equals_scikit_learn(temperature):
     theirs = CalibratedClassifierCV(estimator, method="temperature").fit(logits, labels)
     ours = fitted(logits, labels)
     assert np.allclose(
-        theirs.predict_proba(logits), np.exp(ours.transform(logits)), rtol=1e-3, atol=1e-5
+        theirs.predict_proba(logits), np.exp(ours.transform(logits)), rtol=1e-6, atol=1e-9
     )
     (calibrated,) = theirs.calibrated_classifiers_
     beta = float(calibrated.calibrators[0].beta_)
-    assert float(ours.temperature) == pytest.approx(1 / beta, rel=1e-4)
+    assert float(ours.temperature) == pytest.approx(1 / beta, rel=1e-6)
+
+
+# Table 4a of the field's errors: what the labels are, what is done to the logits, the right answer.
+CASES = {
+    "T=2": (2.0, "drawn", 0.0, np.float64, "converged"),
+    "T=4": (4.0, "drawn", 0.0, np.float64, "converged"),
+    "T=8": (8.0, "drawn", 0.0, np.float64, "converged"),
+    "T=20": (20.0, "drawn", 0.0, np.float64, "converged"),
+    "T=0.05": (0.05, "drawn", 0.0, np.float64, "converged"),
+    "T=2 and 10,000 added": (2.0, "drawn", 1e4, np.float64, "converged"),
+    "T=2 float32": (2.0, "drawn", 0.0, np.float32, "converged"),
+    "T=2 float16": (2.0, "drawn", 0.0, np.float16, "converged"),
+    "T=20 float32 and 10,000 added": (20.0, "drawn", 1e4, np.float32, "converged"),
+    "argmin": (1.0, "argmin", 0.0, np.float64, "worse_than_uniform"),
+    "argmin float32": (1.0, "argmin", 0.0, np.float32, "worse_than_uniform"),
+    "separable": (1.0, "argmax", 0.0, np.float64, "separable"),
+    "separable and 10,000 added": (1.0, "argmax", 1e4, np.float64, "separable"),
+    "against chance": (1.0, "against", 0.0, np.float64, "worse_than_uniform"),
+    "T=1e-5": (1e-5, "drawn", 0.0, np.float64, "at_bound"),
+    "T=1e5": (1e5, "drawn", 0.0, np.float64, "at_bound"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cases_that_others_get_wrong(case):
+    temperature, kind, offset, dtype, status = CASES[case]
+    logits, labels = drawn(temperature, name="table 4a")
+    if kind == "against":
+        # Random labels, with the sign at which the best T is infinite.
+        labels = oracles.generator("random labels of 4a").integers(0, 5, len(logits))
+        gain = (logits[np.arange(len(labels)), labels] - logits.mean(axis=1)).mean()
+        logits = logits if gain < 0 else -logits
+    elif kind != "drawn":
+        labels = getattr(logits, kind)(axis=1)
+    given = (logits + offset).astype(dtype)
+    if status != "converged":
+        with pytest.warns(EbmGuardWarning, match=f"{status}.*T = 1 is kept"):
+            found = fitted(given, labels)
+        assert (found.status, float(found.temperature)) == (status, 1.0)
+        return
+    found = fitted(given, labels)
+    assert found.status == status
+    exact = given.astype(np.float64)
+    exact -= exact.max(axis=1, keepdims=True)
+    assert float(found.temperature) == pytest.approx(true_root(exact, labels), rel=1e-8)
+    assert abs(float(found.temperature) - temperature) < 4 * found.standard_error
+
+
+@pytest.mark.parametrize("start", ["few", "all"])
+def test_many_rows_start_from_few_and_end_the_same(monkeypatch, start):
+    logits, labels = drawn(3.0, n=5000)
+    monkeypatch.setattr(temperature_module, "_MANY", 1000 if start == "few" else 10**9)
+    monkeypatch.setattr(temperature_module, "_FEW", 500)
+    passes = []
+    derivatives = temperature_module._derivatives
+    monkeypatch.setattr(
+        temperature_module,
+        "_derivatives",
+        lambda rows, b: (passes.append(len(rows)), derivatives(rows, b))[1],
+    )
+    found = fitted(logits, labels)
+    assert float(found.temperature) == pytest.approx(true_root(logits, labels), rel=1e-9)
+    # From 500 rows the start is within a few percent, and Newton squares the error.
+    assert passes.count(5000) <= (3 if start == "few" else 6)
+
+
+def test_integer_weights_are_repeated_rows():
+    logits, labels = drawn(3.0, n=600)
+    weights = oracles.generator("weights").integers(0, 4, 600)
+    repeated = np.repeat(np.arange(600), weights)
+    weighted = TemperatureScaling().fit(logits, labels, weights)
+    assert float(weighted.temperature) == pytest.approx(
+        float(fitted(logits[repeated], labels[repeated]).temperature), rel=1e-9
+    )
+    assert weighted.n == (weights > 0).sum()
+    # Only the ratios count.
+    scaled = TemperatureScaling().fit(logits, labels, 1e300 * weights)
+    assert float(scaled.temperature) == pytest.approx(float(weighted.temperature), rel=1e-12)
+    assert scaled.standard_error == pytest.approx(weighted.standard_error, rel=1e-9)
+    equal = TemperatureScaling().fit(logits, labels, np.full(600, 7.0))
+    assert float(equal.temperature) == float(fitted(logits, labels).temperature)
+    assert equal.standard_error == pytest.approx(fitted(logits, labels).standard_error, rel=1e-12)
+
+
+def test_standard_error_with_weights_equals_the_spread_of_repeated_draws():
+    rng = oracles.generator("weighted bootstrap")
+    honest = rng.normal(0, 2, size=(1000, 5))
+    # Large weights on the rows that say least, so that taking them for equal is far off.
+    weights = np.exp(-2 * honest.max(axis=1))
+    found = [
+        TemperatureScaling().fit(3.0 * honest, oracles.draw_labels(honest, rng), weights)
+        for _ in range(150)
+    ]
+    spread = np.std([float(each.temperature) for each in found], ddof=1)
+    promised = np.mean([each.standard_error for each in found])
+    assert promised == pytest.approx(spread, rel=0.25)
+    plain = fitted(3.0 * honest, oracles.draw_labels(honest, rng)).standard_error
+    assert plain != pytest.approx(spread, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (np.ones(3), r"shape \(3,\) for 4 rows"),
+        (np.array([1.0, -1.0, 1.0, np.nan]), "2 weights that are negative or not finite"),
+        (np.array([1.0, np.inf, 1.0, 1.0]), "1 weights that are negative or not finite"),
+        (np.zeros(4), "only zero weights"),
+        (np.array([0.0, 1.0, 0.0, 0.0]), "1 row of positive weight.*at least 2"),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(weights, message):
+    with pytest.raises(InvalidInputError, match=message):
+        TemperatureScaling().fit(np.eye(4), np.array([0, 1, 2, 0]), weights)
 
 
 def test_a_large_offset_changes_nothing():
@@ -144,7 +259,7 @@ def test_precision_of_the_logits(dtype):
 def test_chunks_equal_one_go(monkeypatch, chunk):
     logits, labels = drawn(2.0)
     whole = fitted(logits, labels)
-    monkeypatch.setattr(calibrators, "_CHUNK", chunk)
+    monkeypatch.setattr(base, "CHUNK", chunk)
     parts = fitted(logits, labels)
     assert float(parts.temperature) == pytest.approx(float(whole.temperature), rel=1e-10)
     assert parts.standard_error == pytest.approx(whole.standard_error, rel=1e-10)

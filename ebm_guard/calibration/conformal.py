@@ -117,8 +117,8 @@ class ConformalSets(KeepDouble, ABC):
             )
         step, parts = max(1, _CHUNK // values.shape[1]), [np.empty(0)]
         for at in range(0, len(of), step):
-            block = torch.from_numpy(np.asarray(values[at : at + step], dtype=np.float64))
-            where = torch.from_numpy(np.asarray(of[at : at + step], dtype=np.int64))
+            block = torch.from_numpy(np.array(values[at : at + step], dtype=np.float64))
+            where = torch.from_numpy(np.array(of[at : at + step], dtype=np.int64))
             scores = self._class_scores(_checked(block))
             parts.append(scores.gather(1, where[:, None])[:, 0].numpy())
         return np.concatenate(parts)

@@ -100,7 +100,8 @@ def gap_interval(gaps: Floats, noise: Floats, norm: GapNorm = L1) -> tuple[float
     deviation = noise.std(axis=0)
     value = float(norm.of_draws(gaps[None])[0])
     moving = deviation > 0
-    largest = float(np.max(np.abs(gaps[moving]) / deviation[moving], initial=0.0))
+    # A little more than the largest ratio, so that rounding leaves no rest of the gap.
+    largest = 1e-9 + 1.000001 * float(np.max(np.abs(gaps[moving]) / deviation[moving], initial=0.0))
 
     def candidate(shrink: float) -> Floats:
         return np.asarray(np.sign(gaps) * np.maximum(np.abs(gaps) - shrink * deviation, 0.0))

@@ -258,20 +258,6 @@ def checked_weights(sample_weight: Array, n: int) -> NDArray[np.float64]:
     return weight
 
 
-def normalised_weights(sample_weight: Array, n: int) -> NDArray[np.float64]:
-    """Check sample weights and scale them to mean 1.
-
-    Raises:
-        InvalidInputError: as :func:`checked_weights`.
-
-    Example:
-        >>> normalised_weights(np.array([1.0, 3.0]), 2)
-        array([0.5, 1.5])
-    """
-    weight = checked_weights(sample_weight, n)
-    return np.asarray(weight / weight.mean())
-
-
 def group_sums(where: NDArray[Any], values: Array, groups: int) -> NDArray[np.float64]:
     """Sum values (N,) by group number (N,), in float64.
 

@@ -23,7 +23,8 @@ class Decision:
     Args:
         status: (B,) int8: ``ACCEPT``, ``REJECT``, or ``INVALID`` for a row with a NaN or infinite
             logit, feature or score.
-        label: (B,) int64, the predicted class; -1 where INVALID.
+        label: (B,) int64, the predicted class: argmax of the logits, or of the calibrated
+            probabilities where the calibrator may change it (vector, dirichlet); -1 where INVALID.
         confidence: (B,), probability of that class after calibration; 0 where INVALID.
         energy: (B,), E(x) at temperature 1, higher = more OOD; as computed, also where INVALID.
         score: (B,) float64, the gate's score, higher = more OOD; as computed.

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ebm_guard import energy as formulas
-from ebm_guard.calibration import Calibrator, TemperatureScaling
+from ebm_guard.calibration.calibrators import Calibrator, make_calibrator
 from ebm_guard.data.images import to_input
 from ebm_guard.errors import (
     DataError,
@@ -111,22 +111,26 @@ class Guard(KeepDouble):
         data: Predictions | Tensor | Iterable[Any],
         *,
         score: str | Score = "energy",
+        calibrator: str | Calibrator = "temperature",
         false_reject_rate: float = 0.05,
         assurance: float = 0.95,
         threshold: str = "pac",
         canary: bool | Tensor = True,
         progress: bool = False,
     ) -> Guard:
-        """Fit the temperature and the threshold on held-out ID rows.
+        """Fit the calibrator and the threshold on held-out ID rows.
 
         The score of logits needs no fit, so both may use all rows. Rows without labels give a gate
-        but no temperature, with a warning.
+        but no calibrator, with a warning. Energies and scores are those of the raw logits, whatever
+        the calibrator.
 
         Args:
             data: a loader of (inputs, labels) or of inputs, one tensor of inputs, or
                 :class:`~ebm_guard.predictions.Predictions`. ID rows that the model was not trained
                 on, drawn like the traffic to come.
             score: a registered score or a :class:`~ebm_guard.ood.Score`.
+            calibrator: a registered calibrator, or a
+                :class:`~ebm_guard.calibration.calibrators.Calibrator`, which is fitted here.
             false_reject_rate: target for the share of ID refused.
             assurance: probability that the target is met (PAC).
             threshold: ``pac`` or ``marginal``.
@@ -138,7 +142,8 @@ class Guard(KeepDouble):
             Itself.
 
         Raises:
-            InvalidInputError: too few rows for the promise; the error names the number needed.
+            InvalidInputError: too few rows for the promise or for the calibrator; the error names
+                the number needed.
             ModelOutputError: the model gives NaN or infinite logits for some rows.
             UnsupportedModelError: the model does not give logits.
         """
@@ -152,8 +157,8 @@ class Guard(KeepDouble):
         self._refuse_invalid(predictions)
         chosen = make_score(score) if isinstance(score, str) else score
         cut = Threshold.fit(chosen.of(predictions), threshold, false_reject_rate, assurance)
-        calibrator = _fit_calibrator(predictions)
-        self.score, self.threshold, self.calibrator = chosen, cut, calibrator
+        fitted = _fit_calibrator(predictions, calibrator)
+        self.score, self.threshold, self.calibrator = chosen, cut, fitted
         inputs = canary if isinstance(canary, Tensor) else torch.cat(kept) if kept else None
         self.canary = None if canary is False or inputs is None else self._make_canary(inputs)
         self.facts = {
@@ -254,14 +259,10 @@ class Guard(KeepDouble):
             valid &= torch.isfinite(features).all(dim=1)
         accept = valid & threshold.accept(score)
         status = torch.where(accept, ACCEPT, torch.where(valid, REJECT, INVALID)).to(torch.int8)
-        confidence = (
-            self.calibrator.confidence(logits)
-            if self.calibrator is not None
-            else formulas.log_probabilities(logits).amax(dim=-1).exp()
-        )
+        label, confidence = self._predicted(logits)
         return Decision(
             status=status,
-            label=torch.where(valid, logits.argmax(dim=1), -1),
+            label=torch.where(valid, label, -1),
             confidence=torch.where(valid, confidence, 0.0),
             energy=formulas.energy(logits),
             score=score,
@@ -270,6 +271,12 @@ class Guard(KeepDouble):
             cut=float(threshold.cut),
             score_name=self.score.name,
         )
+
+    def _predicted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if self.calibrator is not None:
+            return self.calibrator.predict(logits)
+        log_p, label = formulas.log_probabilities(logits).max(dim=-1)
+        return label, log_p.exp()
 
     def summary(self) -> str:
         """Say in a few lines what this guard is and promises."""
@@ -367,16 +374,17 @@ class Guard(KeepDouble):
             )
 
 
-def _fit_calibrator(predictions: Predictions) -> Calibrator | None:
+def _fit_calibrator(predictions: Predictions, chosen: str | Calibrator) -> Calibrator | None:
+    calibrator = make_calibrator(chosen) if isinstance(chosen, str) else chosen
     if predictions.labels is None:
         warnings.warn(
-            "no labels were given, so no temperature is fitted: confidence is the plain softmax "
-            "probability. The gate itself needs no labels",
+            "no labels were given, so no temperature or other calibrator is fitted: confidence is "
+            "the plain softmax probability. The gate itself needs no labels",
             EbmGuardWarning,
             stacklevel=3,
         )
         return None
-    return TemperatureScaling().fit(predictions.logits, predictions.labels)
+    return calibrator.fit(predictions.logits, predictions.labels, predictions.sample_weight)
 
 
 def _keep_first(data: Iterable[Any], kept: list[Tensor]) -> Iterator[Any]:

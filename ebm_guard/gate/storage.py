@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard import registry
-from ebm_guard.calibration import Calibrator
+from ebm_guard.calibration.calibrators import Calibrator, describe_facts
 from ebm_guard.errors import ArtifactError, EbmGuardError, first_line
 from ebm_guard.gate.artifact import SCHEMA, Canary, read_artifact, write_artifact
 from ebm_guard.gate.thresholds import Threshold
@@ -81,7 +81,11 @@ def manifest_of(guard: GuardState) -> dict[str, Any]:
         "score": {"name": guard.score.name, "settings": guard.score.settings()},
         "calibrator": None
         if calibrator is None
-        else {"name": calibrator.name, "settings": calibrator.settings()},
+        else {
+            "name": calibrator.name,
+            "settings": calibrator.settings(),
+            "facts": calibrator.facts(),
+        },
         "threshold": threshold.settings() | {"n": threshold.n, "cut": float(threshold.cut)},
         "guarantee": threshold.guarantee,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
@@ -124,10 +128,10 @@ def describe_manifest(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         manifest["facts"],
     )
     if calibrator is None:
-        temperature = "none: fitted without labels, confidence is the plain softmax probability"
+        calibrated = "none: fitted without labels, confidence is the plain softmax probability"
     else:
-        settings = calibrator["settings"]
-        temperature = f"{calibrator['name']} on {settings['n']:,} rows: {settings['status']}"
+        # Guards of version 0.1.0 hold no facts beside the settings.
+        calibrated = describe_facts(calibrator.get("facts", _first_facts(calibrator)))
     weights = manifest["model"]["weights_sha256"]
     canary = "8 stored inputs" if manifest["canary"] else "none"
     return [
@@ -138,10 +142,14 @@ def describe_manifest(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("score", f"{manifest['score']['name']} {manifest['score']['settings'] or ''}".strip()),
         ("threshold", f"{threshold['cut']:.6g} ({threshold['method']}, rank {threshold['rank']})"),
         ("guarantee", manifest["guarantee"]),
-        ("calibrator", temperature),
+        ("calibrator", calibrated),
         ("canary", canary),
         ("created", f"{manifest['created']} by ebm_guard {manifest['versions']['ebm_guard']}"),
     ]
+
+
+def _first_facts(calibrator: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": calibrator["name"], **calibrator["settings"]}
 
 
 def _rebuilt(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> GuardState:

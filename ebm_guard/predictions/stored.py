@@ -39,7 +39,7 @@ def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
 
 
 def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
-    """Read ``logits:FILE``: ``logits`` or ``probs``, optional labels, features, groups, sample_weight.
+    """Read ``logits:FILE``: ``logits`` or ``probs``, and what else the file holds of the rows.
 
     Args:
         spec: a ``logits:`` spec.

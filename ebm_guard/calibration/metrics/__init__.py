@@ -19,7 +19,12 @@ from ebm_guard.calibration.metrics.curve import (
     ReliabilityCurve,
     reliability_curve,
 )
-from ebm_guard.calibration.metrics.decomposition import brier_parts
+from ebm_guard.calibration.metrics.decomposition import (
+    brier_parts,
+    discrimination,
+    miscalibration,
+    uncertainty,
+)
 from ebm_guard.calibration.metrics.proper import (
     accuracy,
     brier,
@@ -29,7 +34,7 @@ from ebm_guard.calibration.metrics.proper import (
 )
 from ebm_guard.calibration.metrics.ranking import aurc, aurc_parts, best_aurc, e_aurc
 from ebm_guard.calibration.metrics.record import CalibrationMetrics, calibration_metrics
-from ebm_guard.calibration.metrics.smooth import smooth_ece
+from ebm_guard.calibration.metrics.smooth import smooth_ece, smooth_ece_value
 from ebm_guard.calibration.metrics.streaming import CalibrationStream
 from ebm_guard.calibration.rows import RowStatistics, row_statistics
 
@@ -54,6 +59,7 @@ __all__ = [
     "brier_top_label",
     "calibration_metrics",
     "class_table",
+    "discrimination",
     "e_aurc",
     "ece",
     "ece_adaptive",
@@ -61,9 +67,12 @@ __all__ = [
     "ece_l2_debiased",
     "mass_index",
     "mce",
+    "miscalibration",
     "nll",
     "overconfidence",
     "reliability_curve",
     "row_statistics",
     "smooth_ece",
+    "smooth_ece_value",
+    "uncertainty",
 ]

@@ -20,6 +20,52 @@ _LOOKED_AT = np.linspace(0.0, 4.0, 401)
 _MOST_SIMULATIONS = 400
 
 
+def miscalibration(rows: RowStatistics, *, draws: int = DRAWS, seed: int = 0) -> Metric:
+    """Compute the miscalibration MCB of the top-label Brier score; see :func:`brier_parts`.
+
+    Args:
+        rows: row statistics.
+        draws: bootstrap and null draws.
+        seed: of the draws' own generators.
+
+    Example:
+        >>> from ebm_guard.calibration import row_statistics
+        >>> miscalibration(row_statistics(np.zeros((9, 2)), np.zeros(9, np.int64))).value
+        0.25
+    """
+    return brier_parts(rows, draws=draws, seed=seed)[0]
+
+
+def discrimination(rows: RowStatistics, *, draws: int = DRAWS, seed: int = 0) -> Metric:
+    """Compute the discrimination DSC of the top-label Brier score; see :func:`brier_parts`.
+
+    Args:
+        rows: row statistics.
+        draws: bootstrap draws.
+        seed: of the draws' own generators.
+
+    Example:
+        >>> from ebm_guard.calibration import row_statistics
+        >>> discrimination(row_statistics(np.zeros((9, 2)), np.zeros(9, np.int64))).value
+        0.0
+    """
+    return brier_parts(rows, draws=draws, seed=seed)[1]
+
+
+def uncertainty(rows: RowStatistics) -> Metric:
+    """Compute the uncertainty UNC = a (1 - a) of the top-label Brier score, a the accuracy.
+
+    Args:
+        rows: row statistics.
+
+    Example:
+        >>> from ebm_guard.calibration import row_statistics
+        >>> uncertainty(row_statistics(np.zeros((4, 2)), np.array([0, 0, 1, 1]))).value
+        0.25
+    """
+    return _uncertainty(accuracy(rows))
+
+
 def brier_parts(
     rows: RowStatistics,
     *,
@@ -65,9 +111,13 @@ def brier_parts(
     tied, n = rows.tied, len(rows)
     kept = tied.weight > 0
     mcb, dsc = _split(tied.confidence[kept], tied.weight[kept], tied.right[kept])
+    # Cells tie rows that the data does not: draws are compared with the parts of the cells, and
+    # what that leaves out is known.
+    coarse = np.array(_split_cells(table, *table.weight))
+    offset = np.array([mcb, dsc]) - coarse
     null = _split_draws(table, table.null(draws, seed + 1))[:, 0]
-    null95 = float(np.quantile(null, 0.95))
-    unc = _uncertainty(accuracy(rows))
+    null95 = float(np.quantile(null, 0.95) + offset[0])
+    unc = uncertainty(rows)
     reason = no_interval(n, int(rows.correct.sum()))
     if reason:
         return (
@@ -77,11 +127,12 @@ def brier_parts(
         )
     drawn = table.bootstrap(draws, seed)
     simulated = drawn.weight[:_MOST_SIMULATIONS]
-    low, high = _miscalibration_interval(mcb, table, null, simulated, seed)
+    low, high = _miscalibration_interval(coarse[0], table, null, simulated, seed)
     method = f"simulated multiples of the measured curve, {len(simulated):,} draws"
-    reflected = basic_interval(dsc, _split_draws(table, drawn)[:, 1], low=0.0, high=0.25)
+    discriminations = _split_draws(table, drawn)[:, 1] + offset[1]
+    reflected = basic_interval(dsc, discriminations, low=0.0, high=0.25)
     return (
-        Metric(mcb, low, high, n, method, null95=null95),
+        Metric(mcb, min(low, mcb), max(high, mcb), n, method, null95=null95),
         Metric(dsc, *reflected, n, f"cell bootstrap, reflected, {draws:,} draws"),
         unc,
     )
@@ -90,7 +141,7 @@ def brier_parts(
 def _miscalibration_interval(
     value: float, table: CellTable, null: Floats, drawn: Floats, seed: int
 ) -> tuple[float, float]:
-    """Find the multiples of the measured curve that explain the value."""
+    """Find the multiples of the measured curve that explain the value, all at the cells."""
     from scipy.optimize import isotonic_regression
 
     weight = table.weight.sum(axis=0)
@@ -146,8 +197,12 @@ def _split(confidence: Floats, weight: Floats, right: Floats) -> tuple[float, fl
 
 def _split_draws(table: CellTable, drawn: Resamples) -> Floats:
     """Return (R, 2) MCB and DSC of each draw, at the cells' mean confidence."""
-    parts = []
-    for weight, right in zip(drawn.weight, drawn.right, strict=True):
-        kept = weight > 0
-        parts.append(_split(table.centres[kept], weight[kept], right[kept]))
-    return np.array(parts)
+    pairs = zip(drawn.wrong, drawn.right, strict=True)
+    return np.array([_split_cells(table, wrong, right) for wrong, right in pairs])
+
+
+def _split_cells(table: CellTable, wrong: Floats, right: Floats) -> tuple[float, float]:
+    """Return MCB and DSC of cells with these weights of wrong and right rows."""
+    weight = wrong + right
+    kept = weight > 0
+    return _split(table.centres[kept], weight[kept], right[kept])

@@ -55,9 +55,7 @@ def smooth_ece(
         >>> round(smooth_ece(row_statistics(np.zeros((9, 2)), np.zeros(9, np.int64))).value, 6)
         0.5
     """
-    weights = rows.weights
-    mass = _on_grid(rows.confidence, weights * rows.gaps / weights.sum())
-    width = float(_fixed_point(_cosines(mass[None]), _STEPS)[0])
+    width = smooth_ece_value(rows)
     table = table or CellTable.of(rows)
     if table.by_mass:
         raise InvalidInputError(
@@ -74,6 +72,24 @@ def smooth_ece(
     low, high = _interval(table, onto, width, draws, seed)
     method = f"cell bootstrap at width {width:.3g}, bias-corrected, {draws:,} draws"
     return Metric(width, min(low, width), max(high, width), n, method, null95=null95)
+
+
+def smooth_ece_value(rows: RowStatistics) -> float:
+    """Compute the smooth ECE alone, without the draws of its interval and null level.
+
+    Args:
+        rows: row statistics.
+
+    Example:
+        >>> from ebm_guard.calibration import row_statistics
+        >>> rows = row_statistics(np.zeros((9, 2)), np.zeros(9, np.int64))
+        >>> round(smooth_ece_value(rows), 6)
+        0.5
+    """
+    gaps = rows.gaps if rows.weight is None else rows.weight * rows.gaps
+    total = len(rows) if rows.weight is None else rows.weight.sum()
+    mass = _on_grid(rows.confidence, gaps / total)
+    return float(_fixed_point(_cosines(mass[None]), _STEPS)[0])
 
 
 def _interval(

@@ -37,6 +37,8 @@ class _Sums:
     @classmethod
     def of(cls, values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> _Sums:
         mean = float(values.mean())
+        if not math.isfinite(mean):
+            return cls(len(values), mean, math.nan)
         return cls(len(values), mean, float(np.square(values - mean).sum()))
 
     def metric(self) -> Metric:
@@ -54,8 +56,9 @@ class CalibrationStream:
     """Count rows as they come; the state has a fixed size and two of them add up.
 
     Accuracy and the bins' counts are exact in any order of merging; ECE, the reliability diagram,
-    NLL, Brier and overconfidence up to rounding. Adaptive and smooth ECE, AURC and the parts of the Brier score
-    need the rows: keep :class:`~ebm_guard.calibration.RowStatistics` and concatenate those.
+    NLL, Brier and overconfidence up to rounding. Adaptive and smooth ECE, AURC and the parts of the
+    Brier score need the rows: keep :class:`~ebm_guard.calibration.RowStatistics` and concatenate
+    those.
 
     Args:
         n_bins: equal-width bins.
