@@ -290,7 +290,7 @@ def test_a_model_that_is_always_right_keeps_its_temperature():
 
 def test_sections_of_later_versions_say_so():
     report = built(logits_with(200))
-    for name in ("selective", "groups", "robustness", "finetune"):
+    for name in ("groups", "robustness", "finetune"):
         assert set(report[name]) == {"not_run"}
         assert report[name]["not_run"]
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
-from ebm_guard.cli.options import SPEC_HELP, ModelOptions, gate_options, json_option, model_options
+from ebm_guard.cli.options import (
+    SPEC_HELP,
+    ModelOptions,
+    calibrator_option,
+    gate_options,
+    json_option,
+    model_options,
+)
 
 
 @click.command("fit")
@@ -18,12 +25,14 @@ from ebm_guard.cli.options import SPEC_HELP, ModelOptions, gate_options, json_op
 @click.option(
     "-o", "--output", required=True, metavar="GUARD.safetensors", help="Where the guard goes."
 )
+@calibrator_option
 @gate_options
 @json_option
 @model_options
 def command(
     options: ModelOptions,
     data: str,
+    calibrator: str,
     no_canary: bool,
     output: str,
     score: str,
@@ -32,7 +41,7 @@ def command(
     assurance: float,
     as_json: bool,
 ) -> None:
-    r"""Fit temperature and threshold on held-out data, and save the guard.
+    r"""Fit calibrator and threshold on held-out data, and save the guard.
 
     \b
     ebm-guard fit --model resnet50.tv_in1k --pretrained --data val/ -o guard.safetensors
@@ -57,6 +66,7 @@ def command(
             guard = Guard(session.classifier).fit(
                 predictions,
                 score=score,
+                calibrator=calibrator,
                 threshold=threshold,
                 false_reject_rate=false_reject_rate,
                 assurance=assurance,

@@ -229,6 +229,18 @@ def gate_options(command: Command) -> Command:
     return _with(command, _GATE_OPTIONS)
 
 
+def calibrator_option(command: Command) -> Command:
+    """Add ``--calibrator``."""
+    names = [row.name for row in methods("calibrator")]
+    return click.option(
+        "--calibrator",
+        type=click.Choice(names),
+        default="temperature",
+        show_default=True,
+        help="What turns logits into honest confidence; auto chooses by cross-validated NLL.",
+    )(command)
+
+
 def json_option(command: Command) -> Command:
     """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)

@@ -14,6 +14,7 @@ from ebm_guard.cli.options import (
     SPEC_HELP,
     CheckOptions,
     ModelOptions,
+    calibrator_option,
     check_options,
     gate_options,
     json_option,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ebm_guard.report import Report
 
 
-_GATE_NAMES = ("score", "threshold", "false_reject_rate", "assurance")
+_FITTED_NAMES = ("score", "threshold", "false_reject_rate", "assurance", "calibrator")
 
 
 @click.command("report")
@@ -44,10 +45,18 @@ _GATE_NAMES = ("score", "threshold", "false_reject_rate", "assurance")
 )
 @click.option("--guard", "guard_path", metavar="GUARD", help="Evaluate this guard as it is.")
 @click.option("--save-predictions", metavar="DIR", help="Keep logits and features for later runs.")
+@click.option(
+    "--metrics",
+    type=click.Choice(["default", "all"]),
+    default="default",
+    show_default=True,
+    help="all adds classwise ECE, debiased L2, MCE and the whole table of classes.",
+)
 @click.option("--no-images", is_flag=True, help="No thumbnails in the report.")
 @click.option("--title", default="Reliability report", show_default=True, help="Heading.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Where the report goes.")
 @check_options
+@calibrator_option
 @gate_options
 @json_option
 @model_options
@@ -59,9 +68,11 @@ def command(
     ood: tuple[str, ...],
     guard_path: str | None,
     save_predictions: str | None,
+    metrics: str,
     no_images: bool,
     title: str,
     output: str,
+    calibrator: str,
     score: str,
     threshold: str,
     false_reject_rate: float,
@@ -81,11 +92,11 @@ def command(
     from ebm_guard.report.comparison import Baseline
 
     requirements = _requirements(checks)
-    chosen = [name for name in _GATE_NAMES if _was_given(name)]
+    chosen = [name for name in _FITTED_NAMES if _was_given(name)]
     if guard_path is not None and chosen:
         raise InvalidInputError(
-            f"got --guard and --{chosen[0].replace('_', '-')}; a given guard keeps the gate it was "
-            "fitted with, leave one out"
+            f"got --guard and --{chosen[0].replace('_', '-')}; a given guard keeps the gate "
+            "and the calibrator it was fitted with, leave one out"
         )
     if guard_path is not None and calibration_data is not None:
         raise InvalidInputError(
@@ -112,6 +123,8 @@ def command(
             settings=Settings(
                 clock=clock,
                 score=score,
+                calibrator=calibrator,
+                metrics=metrics,
                 threshold=threshold,
                 false_reject_rate=false_reject_rate,
                 assurance=assurance,

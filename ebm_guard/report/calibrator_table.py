@@ -21,7 +21,7 @@ from ebm_guard.report.record import NotRun, Record
 REFERENCE = "temperature"
 # A candidate with a weight for each class is fitted by dozens of passes; beyond this many logits
 # a report would take minutes longer for a table.
-_LOGITS = 5_000_000
+_LOGITS = 1_000_000
 
 
 @dataclass(frozen=True)

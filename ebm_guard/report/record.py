@@ -132,7 +132,7 @@ class CalibrationSide(Record):
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics and, after calibration, what calibrated them."""
         extra = {} if self.calibrator is None else {"calibrator": plain(self.calibrator)}
-        return dict(plain(self.metrics)) | plain(self.on_request) | extra
+        return {**plain(self.metrics), **plain(self.on_request), **extra}
 
 
 @dataclass(frozen=True)

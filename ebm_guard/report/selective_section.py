@@ -266,7 +266,7 @@ def _measured(
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     covered, sizes = [], []
     for at, block in _blocks(part, index):
-        mask = sets.sets(torch.from_numpy(np.asarray(block))).numpy()
+        mask = sets.sets(torch.from_numpy(np.array(block))).numpy()
         covered.append(mask[np.arange(len(at)), labels[at]])
         sizes.append(mask.sum(axis=1))
     return np.concatenate(covered), np.concatenate(sizes)

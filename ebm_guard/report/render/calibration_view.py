@@ -79,8 +79,8 @@ def classes_sentence(table: Mapping[str, Any]) -> str:
         )
     return (
         f"{table['flagged']:,} of {table['of']:,} predicted classes are miscalibrated beyond "
-        f"chance {side}, although the average over all classes may look right (exact tests, Benjamini "
-        "and Hochberg at 5 %)."
+        f"chance {side}, although the average over all classes may look right (exact tests, "
+        "Benjamini and Hochberg at 5 %)."
     )
 
 
