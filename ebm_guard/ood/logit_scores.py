@@ -2,86 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ebm_guard import registry
 from ebm_guard.energy import check_logits, energy, log_odds, log_probabilities
-from ebm_guard.errors import DataError, InvalidInputError
-from ebm_guard.precision import KeepDouble
-from ebm_guard.predictions import Predictions, chunks
+from ebm_guard.errors import InvalidInputError
+from ebm_guard.ood.score import Score, make_score
 
-
-class Score(KeepDouble, ABC):
-    """Base of the scores: a function of one row, higher = more out-of-distribution.
-
-    Attributes:
-        name: the registered name.
-        from_probabilities: whether the score is unchanged when a constant is added to a row's
-            logits, so that log-probabilities serve as well.
-    """
-
-    name = ""
-    from_probabilities = False
-
-    @abstractmethod
-    def score(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
-        """Score rows.
-
-        Args:
-            logits: (B, C).
-            features: (B, D), for scores that need them.
-
-        Returns:
-            (B,), float32 or float64; non-finite for a row with a non-finite logit is allowed, the
-            gate refuses such rows by their logits.
-        """
-
-    def forward(self, logits: Tensor, features: Tensor | None = None) -> Tensor:
-        """Score rows; see :meth:`score`."""
-        return self.score(logits, features)
-
-    def check_kind(self, predictions: Predictions) -> None:
-        """Refuse stored probabilities where the score needs logits.
-
-        Raises:
-            DataError: with the way out.
-        """
-        if predictions.kind == "probs" and not self.from_probabilities:
-            raise DataError(
-                f"{self.name} is not available on {predictions.source}: needs logits, got "
-                "probabilities. Store the logits, or use msp or gen"
-            )
-
-    @torch.no_grad()
-    def of(self, predictions: Predictions) -> NDArray[np.float64]:
-        """Score all rows of stored predictions, (N,) float64.
-
-        Raises:
-            DataError: the score needs logits, and only probabilities were stored.
-        """
-        self.check_kind(predictions)
-        parts = [
-            self.score(torch.from_numpy(np.array(part))).double().numpy()
-            for part in chunks(predictions.logits)
-        ]
-        return np.concatenate(parts)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that rebuild the score."""
-        return {}
-
-    @classmethod
-    def from_state(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Score:
-        """Rebuild a score from its tensors and settings."""
-        del tensors
-        return cls(**settings)
+__all__ = ["GEN", "MSP", "Energy", "MaxLogit", "Score", "make_score"]
 
 
 class Energy(Score):
@@ -110,7 +40,7 @@ class Energy(Score):
         """Return the energy (B,)."""
         return energy(logits, self.energy_temperature)
 
-    def settings(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Return the energy temperature."""
         return {"energy_temperature": self.energy_temperature}
 
@@ -196,26 +126,6 @@ class GEN(Score):
         )
         return torch.logsumexp(self.gamma * (log_p + log_not_p), dim=-1)
 
-    def settings(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
         """Return gamma and the number of classes kept."""
         return {"gamma": self.gamma, "top": self.top}
-
-
-def make_score(name: str, **settings: Any) -> Score:
-    """Build a registered score by name.
-
-    Raises:
-        InvalidInputError: unknown name (near names are suggested) or setting.
-
-    Example:
-        >>> make_score("energy", energy_temperature=2.0).settings()
-        {'energy_temperature': 2.0}
-    """
-    score_class = registry.get("score", name).load()
-    try:
-        score = score_class(**settings)
-    except TypeError as error:
-        raise InvalidInputError(f"score {name!r} does not take {settings}: {error}") from None
-    if not isinstance(score, Score):
-        raise InvalidInputError(f"the registry names {score_class!r} for {name!r}, not a Score")
-    return score

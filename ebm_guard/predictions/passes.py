@@ -17,6 +17,7 @@ from torch import Tensor
 from ebm_guard.data.batches import Batch
 from ebm_guard.errors import DataError, UnsupportedModelError
 from ebm_guard.model.classifier import EnergyClassifier, check_kind
+from ebm_guard.predictions.head import LinearHead
 from ebm_guard.predictions.record import COLUMNS, Array, Predictions, hash_rows
 from ebm_guard.progress import track
 
@@ -38,7 +39,8 @@ def predict(
     Args:
         classifier: the wrapped model.
         data: :class:`~ebm_guard.data.Batch` objects, (inputs, labels) pairs, or inputs.
-        features: also keep the features, where a head can be verified on the first batch.
+        features: also keep the features and the head, where one can be verified on the first
+            batch.
         total: number of rows, for the progress bar.
         progress: show a progress bar on stderr.
         amp: run the model under autocast (scores stay in float32).
@@ -94,8 +96,10 @@ def predict(
     if not columns["logits"].n:
         raise DataError(f"{source} gave no rows ({len(skipped)} images were unreadable)")
     arrays: dict[str, Any] = {name: column.array() for name, column in columns.items() if column.n}
+    head = classifier.head
     return Predictions(
         **arrays,
+        head=LinearHead.of_model(head) if "features" in arrays and head is not None else None,
         ids=tuple(ids) or None,
         dtype=dtype,
         skipped=tuple(skipped),

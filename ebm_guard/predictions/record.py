@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from ebm_guard.errors import DataError, EbmGuardError, InvalidInputError
 from ebm_guard.files import replace_folder
+from ebm_guard.predictions.head import LinearHead
 
 SCHEMA = "ebm_guard.predictions/1"
 COLUMNS = ("logits", "features", "labels", "groups", "sample_weight", "hashes")
+_HEAD = ("head_weight", "head_bias")
 Array = NDArray[Any]
 
 
@@ -39,6 +41,7 @@ class Predictions:
         classes: class names in logit order, or None.
         skipped: (id, error) of unreadable images.
         source: the spec or a description.
+        head: the last linear layer, for scores that need it, or None.
         notes: sentences on how labels were matched, what was limited, and so on.
     """
 
@@ -54,6 +57,7 @@ class Predictions:
     classes: tuple[str, ...] | None = None
     skipped: tuple[tuple[str, str], ...] = ()
     source: str = "arrays"
+    head: LinearHead | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -71,6 +75,7 @@ class Predictions:
                 f"{self.source}: got {len(self.classes)} class names (classes) for {num_classes} "
                 "logits"
             )
+        _check_features(self.features, self.head, num_classes, self.source)
         check_labels(self.labels, num_classes, self.source)
         _check_weights(self.sample_weight, self.source)
         if self.hashes is None:
@@ -132,8 +137,7 @@ class Predictions:
         folder = Path(folder)
         with replace_folder(folder, marker="predictions.json") as new:
             files = {}
-            for name in COLUMNS:
-                column = getattr(self, name)
+            for name, column in self._arrays().items():
                 if column is not None:
                     np.save(new / f"{name}.npy", column, allow_pickle=False)
                     files[name] = _hash_file(new / f"{name}.npy")
@@ -172,14 +176,16 @@ class Predictions:
             columns: dict[str, Any] = {}
             for name, digest in header["files"].items():
                 file = folder / f"{name}.npy"
-                if name not in COLUMNS or _hash_file(file) != digest:
+                if name not in (*COLUMNS, *_HEAD) or _hash_file(file) != digest:
                     raise DataError(
                         f"cannot read predictions from {folder}: {file.name} was edited or "
                         "damaged after it was saved; run the prediction again"
                     )
                 columns[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+            weight, bias = (columns.pop(name, None) for name in _HEAD)
             loaded = cls(
                 **columns,
+                head=None if weight is None else LinearHead(weight, bias),
                 kind=header["kind"],
                 dtype=header["dtype"],
                 source=header["source"],
@@ -195,6 +201,12 @@ class Predictions:
         if loaded.fingerprint != header.get("fingerprint"):
             raise DataError(f"{folder} was edited: its rows do not match its fingerprint")
         return loaded
+
+    def _arrays(self) -> dict[str, Array | None]:
+        """All that is saved as .npy, by file name."""
+        head = (None, None) if self.head is None else (self.head.weight, self.head.bias)
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        return columns | dict(zip(_HEAD, head, strict=True))
 
 
 def chunks(array: Array, elements: int = 2_000_000) -> Iterator[Array]:
@@ -229,6 +241,29 @@ def check_labels(labels: NDArray[np.int64] | None, num_classes: int, source: str
             f"{source}: {len(bad)} of {len(labels)} labels are outside 0..{num_classes - 1} (row "
             f"{bad[0]} has {labels[bad[0]]}); the model has {num_classes} classes. Select or remap "
             "classes with npz:FILE?classes=..., or take the right model"
+        )
+
+
+def _check_features(
+    features: Array | None, head: LinearHead | None, num_classes: int, source: str
+) -> None:
+    """Refuse features that are no (N, D) floats, and a head of other classes or width."""
+    if features is not None and (
+        features.ndim != 2
+        or not features.shape[1]
+        or not np.issubdtype(features.dtype, np.floating)
+    ):
+        raise DataError(
+            f"{source}: got features of shape {features.shape} and dtype {features.dtype}; needed "
+            "floating (N, D)"
+        )
+    width = None if features is None else features.shape[1]
+    if head is not None and (
+        head.weight.shape[0] != num_classes or width not in (None, head.weight.shape[1])
+    ):
+        raise DataError(
+            f"{source}: got a head of weight {head.weight.shape} (C, D) for {num_classes} classes "
+            f"and features of width {width}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,9 +12,21 @@ from ebm_guard.data.sources import checked_groups, integer_labels, read_npz
 from ebm_guard.data.specs import Spec, existing_path
 from ebm_guard.errors import DataError, UnsupportedModelError
 from ebm_guard.model.classifier import check_kind
+from ebm_guard.predictions.head import LinearHead
 from ebm_guard.predictions.record import Array, Predictions, check_logits
 
-_ARRAYS = ("logits", "probs", "labels", "features", "groups", "sample_weight", "classes", "ids")
+_ARRAYS = (
+    "logits",
+    "probs",
+    "labels",
+    "features",
+    "groups",
+    "sample_weight",
+    "classes",
+    "ids",
+    "head_weight",
+    "head_bias",
+)
 
 
 def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
@@ -39,14 +52,18 @@ def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
 
 
 def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
-    """Read ``logits:FILE``: ``logits`` or ``probs``, and what else the file holds of the rows.
+    """Read ``logits:FILE``: ``logits`` or ``probs``, and what else the file holds.
+
+    Optional: ``labels``, ``features``, ``groups``, ``sample_weight``, ``classes``, ``ids``, and the
+    last linear layer as ``head_weight`` (C, D) and ``head_bias`` (C,), which is verified.
 
     Args:
         spec: a ``logits:`` spec.
         labelled: False ignores the labels, as for OOD sets, whose labels are of other classes.
 
     Raises:
-        DataError: no logits, damaged, non-finite values, labels out of range.
+        DataError: no logits, damaged, non-finite values, labels out of range, or a head that does
+            not turn the features into the logits.
     """
     path = existing_path(spec)
     arrays = read_npz(spec, path, _ARRAYS)
@@ -82,7 +99,10 @@ def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
         dtype=dtype,
         classes=tuple(map(str, arrays["classes"])) if "classes" in arrays else None,
         source=spec.text,
+        head=_read_head(arrays),
     )
+    if predictions.head is not None and features is not None and kind == "logits":
+        predictions.head.check(features, stored, spec.text)
     if kind == "logits":
         try:
             check_kind(torch.from_numpy(stored))
@@ -91,6 +111,14 @@ def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
                 f"{spec.text}: {error}. Stored probabilities go under the name `probs`"
             ) from None
     return predictions
+
+
+def _read_head(arrays: Mapping[str, Array]) -> LinearHead | None:
+    if "head_weight" not in arrays:
+        return None
+    weight, bias = arrays["head_weight"], arrays.get("head_bias")
+    wide = np.float64 if weight.dtype == np.float64 else np.float32
+    return LinearHead(weight.astype(wide), None if bias is None else bias.astype(wide))
 
 
 def _log_of_probabilities(probs: Array, source: str) -> Array:
