@@ -254,7 +254,7 @@ def test_help_of_every_command_loads_no_torch():
     """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[] 6"
+    assert done.stdout.splitlines()[-1] == "[] 8"
 
 
 def test_a_saved_guard_runs_without_timm_and_torchvision(tmp_path):

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ebm_guard.errors import InvalidInputError, NotFittedError
+from ebm_guard.gate.class_conditional import require_threshold
 from ebm_guard.gate.thresholds import (
     Threshold,
     marginal_rank,
     minimum_rows,
     pac_rank,
-    require_threshold,
 )
 
 REJECTED = 0.05

@@ -14,6 +14,7 @@ from ebm_guard.cli.options import json_option
 @json_option
 def command(guard_path: str, as_json: bool) -> None:
     """Verify a saved guard and say what it was fitted on and what it promises."""
+    from ebm_guard.errors import ArtifactError
     from ebm_guard.gate.artifact import read_artifact
     from ebm_guard.gate.storage import describe_manifest
 
@@ -21,5 +22,11 @@ def command(guard_path: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(manifest, indent=1, allow_nan=False))
         return
-    for word, sentence in describe_manifest(manifest):
+    try:
+        rows = describe_manifest(manifest)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{guard_path} lacks what this version describes ({error}); fit the guard again"
+        ) from None
+    for word, sentence in rows:
         click.echo(f"{word:>12}  {sentence}")

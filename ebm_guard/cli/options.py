@@ -148,14 +148,28 @@ _MODEL_OPTIONS = (
     ),
     click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
 )
+# A combination of scores is made in Python: it needs a list of them.
+_SCORES = [
+    row.name
+    for family in ("score", "feature_score")
+    for row in methods(family)
+    if row.name != "combine"
+]
+_SCORE_OPTION = click.option(
+    "--score",
+    type=click.Choice(_SCORES),
+    default="energy",
+    show_default=True,
+    help="The gate's score.",
+)
+_SCORE_OR_AUTO_OPTION = click.option(
+    "--score",
+    type=click.Choice([*_SCORES, "auto"]),
+    default="energy",
+    show_default=True,
+    help="The gate's score; auto takes the best on outliers made from --data itself.",
+)
 _GATE_OPTIONS = (
-    click.option(
-        "--score",
-        type=click.Choice([row.name for row in methods("score")]),
-        default="energy",
-        show_default=True,
-        help="The gate's score.",
-    ),
     click.option(
         "--threshold",
         type=click.Choice([row.name for row in methods("threshold")]),
@@ -226,7 +240,12 @@ def check_options(command: Command) -> Command:
 
 def gate_options(command: Command) -> Command:
     """Add score, threshold, false reject rate and assurance."""
-    return _with(command, _GATE_OPTIONS)
+    return _with(command, (_SCORE_OPTION, *_GATE_OPTIONS))
+
+
+def fit_gate_options(command: Command) -> Command:
+    """Add what a gate is fitted with: as :func:`gate_options`, and ``--score auto``."""
+    return _with(command, (_SCORE_OR_AUTO_OPTION, *_GATE_OPTIONS))
 
 
 def calibrator_option(command: Command) -> Command:

@@ -133,14 +133,10 @@ def _image_rows(session: Session, guard: Guard, data: str) -> Iterator[dict[str,
 
 
 def _stored_rows(session: Session, guard: Guard, data: str) -> Iterator[dict[str, Any]]:
-    import numpy as np
-    import torch
-
     part = session.predictions(data, "evaluation", "data")
-    guard.score.check_kind(part)
     for start in range(0, len(part), _CHUNK):
-        block = torch.from_numpy(np.array(part.logits[start : start + _CHUNK]))
-        yield from guard.decide(block).rows(part.names(range(start, start + len(block))))
+        block = part.select(slice(start, start + _CHUNK))
+        yield from guard.decide_stored(block).rows(part.names(range(start, start + len(block))))
 
 
 def _unreadable(name: str, error: str) -> dict[str, Any]:

@@ -22,8 +22,6 @@ from ebm_guard.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from ebm_guard.cli.session import Session
-    from ebm_guard.predictions import Predictions
     from ebm_guard.report import Report
 
 
@@ -38,10 +36,21 @@ _FITTED_NAMES = ("score", "threshold", "false_reject_rate", "assurance", "calibr
     help="Data for temperature and threshold; default: two-fold cross-fitting on --data.",
 )
 @click.option(
+    "--fit-data",
+    metavar="SPEC",
+    help="Data for the statistics of feature scores, such as training images; default: "
+    "cross-fitting on --data.",
+)
+@click.option(
     "--ood",
     multiple=True,
     metavar="NAME=SPEC",
-    help="An out-of-distribution set; near_... and far_... tell its role. Repeatable.",
+    help="An out-of-distribution set; near_..., far_... and shifted_... tell its role. Repeatable.",
+)
+@click.option(
+    "--synthetic/--no-synthetic",
+    default=None,
+    help="OOD sets made from --data itself; default: where no --ood is given.",
 )
 @click.option("--guard", "guard_path", metavar="GUARD", help="Evaluate this guard as it is.")
 @click.option("--save-predictions", metavar="DIR", help="Keep logits and features for later runs.")
@@ -65,7 +74,9 @@ def command(
     checks: CheckOptions,
     data: str,
     calibration_data: str | None,
+    fit_data: str | None,
     ood: tuple[str, ...],
+    synthetic: bool | None,
     guard_path: str | None,
     save_predictions: str | None,
     metrics: str,
@@ -86,6 +97,7 @@ def command(
     ebm-guard report --data logits:val.npz --ood far=logits:other.npz -o out    # no model at hand
     """
     from ebm_guard.cli.session import Session, named_specs, warnings_as_lines
+    from ebm_guard.cli.synthetic import synthetic_outliers
     from ebm_guard.errors import InvalidInputError
     from ebm_guard.files import check_writable
     from ebm_guard.report import Settings, build_report
@@ -107,15 +119,28 @@ def command(
     _check_files(checks, Path(output))
     older = None if checks.baseline is None else Baseline.read(checks.baseline)
     ood_specs = named_specs(ood)
-    specs = [data, *([calibration_data] if calibration_data else []), *ood_specs.values()]
+    specs = [data, *filter(None, (calibration_data, fit_data)), *ood_specs.values()]
     clock = time.perf_counter()
     with warnings_as_lines():
         session = Session(options, specs, guard_path)
-        parts = _predicted(session, data, calibration_data, ood_specs, keep=bool(save_predictions))
+        roles = {"evaluation": data, "calibration": calibration_data, "fit": fit_data}
+        parts = {
+            name: session.predictions(spec, name, name, features=True)
+            for name, spec in roles.items()
+            if spec is not None
+        }
+        foreign = {
+            name: session.predictions(spec, "ood", name, features=True)
+            for name, spec in ood_specs.items()
+        }
+        if synthetic or (synthetic is None and not ood_specs):
+            foreign |= synthetic_outliers(session, required=bool(synthetic))
+        parts |= foreign
         report = build_report(
             parts["evaluation"],
-            ood={name: parts[name] for name in ood_specs},
+            ood=foreign,
             calibration=parts.get("calibration"),
+            fit=parts.get("fit"),
             guard=session.guard,
             classifier=session.classifier,
             baseline=older,
@@ -204,25 +229,6 @@ def _concluded(report: Report, checks: CheckOptions) -> int:
 def _was_given(name: str) -> bool:
     source = click.get_current_context().get_parameter_source(name)
     return source is not None and source is not click.core.ParameterSource.DEFAULT
-
-
-def _predicted(
-    session: Session,
-    data: str,
-    calibration_data: str | None,
-    ood_specs: dict[str, str],
-    *,
-    keep: bool,
-) -> dict[str, Predictions]:
-    """Run or open every set; features are only kept for later runs."""
-    wanted = {"evaluation": (data, "evaluation")}
-    if calibration_data:
-        wanted["calibration"] = (calibration_data, "calibration")
-    wanted |= {name: (spec, "ood") for name, spec in ood_specs.items()}
-    return {
-        name: session.predictions(spec, role, name, features=keep)
-        for name, (spec, role) in wanted.items()
-    }
 
 
 def show_report(report: Report, folder: Path, *, as_json: bool) -> None:

@@ -91,7 +91,7 @@ class Session:
             text: the data spec.
             role: data role, which decides the rows of ``demo:``.
             name: what the set is called.
-            features: also keep features.
+            features: also keep features, where they come with the same pass.
         """
         spec = parse_spec(text)
         if spec.kind in STORED_KINDS:
@@ -99,21 +99,25 @@ class Session:
             limit = self.options.limit
             if limit is None or limit >= len(part):
                 return part
-            kept = part.select(self._chosen(len(part), limit))
+            kept = part.select(self.chosen(len(part), limit))
             return replace(kept, notes={**part.notes, "limit": limit})
         source = self.open(spec, role, name)
+        part = self.run(source, text, features=features)
+        return self._described(part, source, role, name)
+
+    def run(self, source: ImageSource, text: str, *, features: bool) -> Predictions:
+        """Run the model over a source; features only where they come with the same pass."""
         classifier = self.require_classifier()
         with model_errors(text):
-            part = predict(
+            return predict(
                 classifier,
                 self.batches(source),
-                features=features,
+                features=features and not classifier.compiled,
                 total=source.total,
                 progress=not self.options.quiet,
                 amp=self.options.amp,
                 source=text,
             )
-        return self._described(part, source, role, name)
 
     def open(self, spec: Spec, role: str, name: str) -> ImageSource:
         """Open an image source, cut to ``--limit`` rows, and remember it for the gallery."""
@@ -136,12 +140,12 @@ class Session:
                 "shards: wds/#val-{000..003}.tar|4000"
             )
         if limit is not None and total is not None and limit < total:
-            source = source.subset(self._chosen(total, limit))
+            source = source.subset(self.chosen(total, limit))
             self._limited.add(name)
         self.sources[name] = source
         return source
 
-    def _chosen(self, total: int, limit: int) -> NDArray[np.int64]:
+    def chosen(self, total: int, limit: int) -> NDArray[np.int64]:
         """Choose random rows, in order."""
         generator = np.random.default_rng(self.options.seed)
         return np.sort(generator.choice(total, limit, replace=False))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor
 from ebm_guard.errors import ArtifactError, DataError
 from ebm_guard.files import replace_file
 
-SCHEMA = "ebm_guard.artifact/1"
+# What is written, and all that can be read: 1 had neither features, nor rules, nor a lineage.
+SCHEMA = "ebm_guard.artifact/2"
+SCHEMAS = ("ebm_guard.artifact/1", SCHEMA)
 _MANIFEST, _HASH = "ebm_guard", "sha256"
 CANARY_ROWS = 8
 
@@ -76,8 +78,15 @@ def write_artifact(
         new.write_bytes(content)
 
 
-def read_artifact(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_artifact(
+    path: str | Path, *, schemas: Sequence[str] = SCHEMAS, what: str = "guard"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read and verify an artefact; nothing is unpickled.
+
+    Args:
+        path: the file.
+        schemas: those that the caller can read.
+        what: what the file should hold, for the errors.
 
     Raises:
         ArtifactError: missing, truncated, edited, or of a schema that this version does not read.
@@ -86,7 +95,9 @@ def read_artifact(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     path = Path(path)
     if not path.is_file():
-        raise ArtifactError(f"got {path}, which is not a file; needed a guard saved by guard.save")
+        raise ArtifactError(
+            f"got {path}, which is not a file; needed a {what} saved by {what}.save"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -94,28 +105,28 @@ def read_artifact(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(
-            f"{path} is damaged or not a guard artefact ({error}); save the guard again"
+            f"{path} is damaged or not a {what} artefact ({error}); save the {what} again"
         ) from None
     if _MANIFEST not in metadata or _HASH not in metadata:
         raise ArtifactError(
-            f"{path} is a safetensors file, but not a guard: it has no manifest. Model weights go "
+            f"{path} is a safetensors file, but not a {what}: it has no manifest. Model weights go "
             "to --checkpoint, a guard is made by `ebm-guard fit` or guard.save"
         )
     text = metadata[_MANIFEST]
     if _digest(text, tensors) != metadata[_HASH]:
         raise ArtifactError(
             f"{path} was changed after it was saved: its content does not match its hash. Fit and "
-            "save the guard again"
+            f"save the {what} again"
         )
     try:
         manifest = json.loads(text)
     except ValueError:
         manifest = None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
+    if schema not in schemas:
         raise ArtifactError(
-            f"{path} has schema {schema!r}; this version reads {SCHEMA!r}. Fit the "
-            "guard again with this version"
+            f"{path} has schema {schema!r} and is not a {what} that this version reads "
+            f"({' or '.join(schemas)}). Fit the {what} again with this version"
         )
     return tensors, manifest
 
@@ -130,5 +141,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        # An empty tensor has no bytes, and cannot be viewed as some.
+        if tensor.numel():
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -31,8 +32,11 @@ class Decision:
         p_value: (B,) float64, marginal conformal p-value of the score; 0 where INVALID. It does
             not decide ``accept``.
         logits: (B, C), bit-identical to the model's own.
-        cut: the threshold, for the reasons.
+        cut: (B,) float64, the threshold that the row's score was compared with.
+        certified: (B,) bool, whether the certified rule answers the row; True where the gate has
+            no such rule.
         score_name: the gate's score, for the reasons.
+        rule: the certified rule in words, for the reasons.
     """
 
     status: Tensor
@@ -42,8 +46,10 @@ class Decision:
     score: Tensor
     p_value: Tensor
     logits: Tensor = field(repr=False)
-    cut: float = 0.0
+    cut: Tensor = field(repr=False)
+    certified: Tensor = field(repr=False)
     score_name: str = "energy"
+    rule: str = ""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -57,17 +63,24 @@ class Decision:
     @cached_property
     def reason(self) -> tuple[str, ...]:
         """One sentence per row, '' where accepted."""
-        return tuple(
-            self._reason(status, score)
-            for status, score in zip(self.status.tolist(), self.score.tolist(), strict=True)
-        )
+        return tuple(self.reason_of(row) for row in range(len(self)))
 
-    def _reason(self, status: int, score: float) -> str:
+    def reason_of(self, row: int) -> str:
+        """Say why one row is refused, '' where it is accepted."""
+        status = int(self.status[row])
         if status == ACCEPT:
             return ""
         if status == INVALID:
             return "non-finite logits, features or score"
-        return f"{self.score_name} {score:.6g} is above the threshold {self.cut:.6g}"
+        score, cut = float(self.score[row]), float(self.cut[row])
+        if cut == -math.inf:
+            return "no calibration row was predicted as this class"
+        if not score <= cut:
+            return f"{self.score_name} {score:.6g} is above the threshold {cut:.6g}"
+        return (
+            f"confidence {float(self.confidence[row]):.6g} and {self.score_name} {score:.6g} are "
+            f"outside the certified rule {self.rule}"
+        )
 
     def rows(self, ids: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Return one JSON-ready dict per row; non-finite numbers become None.
@@ -108,7 +121,7 @@ class Decision:
             for item in fields(Decision)
             if isinstance(getattr(parts[0], item.name), Tensor)
         }
-        return Decision(**tensors, cut=parts[0].cut, score_name=parts[0].score_name)
+        return Decision(**tensors, score_name=parts[0].score_name, rule=parts[0].rule)
 
 
 def _cell(value: Any) -> str:
@@ -116,6 +129,6 @@ def _cell(value: Any) -> str:
 
 
 def _json_number(value: Any) -> Any:
-    if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from ebm_guard import energy as formulas
-from ebm_guard.calibration.calibrators import Calibrator, make_calibrator
 from ebm_guard.data.images import to_input
-from ebm_guard.errors import (
-    DataError,
-    EbmGuardWarning,
-    InvalidInputError,
-    ModelOutputError,
-    NotFittedError,
-)
-from ebm_guard.gate.artifact import CANARY_ROWS, Canary
-from ebm_guard.gate.decision import ACCEPT, INVALID, REJECT, Decision
+from ebm_guard.errors import DataError, InvalidInputError, UnsupportedModelError
+from ebm_guard.gate.class_conditional import ClassConditionalThreshold, require_threshold
+from ebm_guard.gate.deciding import decide, decide_stored
+from ebm_guard.gate.decision import Decision
+from ebm_guard.gate.drift import DriftMonitor
+from ebm_guard.gate.fittable import Fittable
+from ebm_guard.gate.screening import FDR, Screening, screen_batch
 from ebm_guard.gate.storage import (
     GuardState,
     describe_manifest,
@@ -31,14 +27,9 @@ from ebm_guard.gate.storage import (
     read_state,
     write_state,
 )
-from ebm_guard.gate.thresholds import Threshold, require_threshold
+from ebm_guard.gate.thresholds import Threshold
 from ebm_guard.model import EnergyClassifier, Preprocessing
-from ebm_guard.ood import Energy, Score, make_score
-from ebm_guard.precision import KeepDouble
-from ebm_guard.predictions import Predictions, as_batch, predict
-
-# Apple's GPUs have no float64; decisions are made on the CPU there.
-_NO_DOUBLE = ("mps",)
+from ebm_guard.predictions import Predictions
 
 
 def wrap(
@@ -81,7 +72,7 @@ def wrap(
     return Guard(EnergyClassifier(model, logits=logits, preprocessing=preprocessing))
 
 
-class Guard(KeepDouble):
+class Guard(Fittable):
     """A classifier with a calibrator, a score and a threshold.
 
     ``guard(x)`` takes exactly what the model takes. The user's model is held unregistered: moving,
@@ -94,83 +85,17 @@ class Guard(KeepDouble):
         score: the OOD score, ``energy`` unless ``fit`` was told otherwise.
         calibrator: the fitted calibrator, or None (unlabelled data).
         threshold: the fitted threshold, or None before ``fit``.
+        rule: the rule with a certified risk, or None.
         facts: what the guard was fitted on, as JSON types.
+
+    Example:
+        >>> import numpy as np
+        >>> logits = np.random.default_rng(0).normal(0, 5, size=(200, 3))
+        >>> labels = np.where(np.arange(200) % 5, logits.argmax(axis=1), 0)
+        >>> guard = Guard().fit(Predictions(logits, labels=labels))
+        >>> guard.decide(torch.tensor([[9.0, 0, 0], [-9.0, -9.0, -9.0]])).status.tolist()
+        [1, 0]
     """
-
-    def __init__(self, classifier: EnergyClassifier | None = None) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.score: Score = Energy()
-        self.calibrator: Calibrator | None = None
-        self.threshold: Threshold | None = None
-        self.canary: Canary | None = None
-        self.facts: dict[str, Any] = {}
-
-    def fit(
-        self,
-        data: Predictions | Tensor | Iterable[Any],
-        *,
-        score: str | Score = "energy",
-        calibrator: str | Calibrator = "temperature",
-        false_reject_rate: float = 0.05,
-        assurance: float = 0.95,
-        threshold: str = "pac",
-        canary: bool | Tensor = True,
-        progress: bool = False,
-    ) -> Guard:
-        """Fit the calibrator and the threshold on held-out ID rows.
-
-        The score of logits needs no fit, so both may use all rows. Rows without labels give a gate
-        but no calibrator, with a warning. Energies and scores are those of the raw logits, whatever
-        the calibrator.
-
-        Args:
-            data: a loader of (inputs, labels) or of inputs, one tensor of inputs, or
-                :class:`~ebm_guard.predictions.Predictions`. ID rows that the model was not trained
-                on, drawn like the traffic to come.
-            score: a registered score or a :class:`~ebm_guard.ood.Score`.
-            calibrator: a registered calibrator, or a
-                :class:`~ebm_guard.calibration.calibrators.Calibrator`, which is fitted here.
-            false_reject_rate: target for the share of ID refused.
-            assurance: probability that the target is met (PAC).
-            threshold: ``pac`` or ``marginal``.
-            canary: keep 8 inputs with their logits in the artefact, to catch a changed model; a
-                tensor gives these inputs (for ``Predictions``, which hold none), False keeps none.
-            progress: show a progress bar.
-
-        Returns:
-            Itself.
-
-        Raises:
-            InvalidInputError: too few rows for the promise or for the calibrator; the error names
-                the number needed.
-            ModelOutputError: the model gives NaN or infinite logits for some rows.
-            UnsupportedModelError: the model does not give logits.
-        """
-        kept: list[Tensor] = []
-        if isinstance(data, Predictions):
-            predictions = data
-        else:
-            classifier = self._require_classifier()
-            rows = [data] if isinstance(data, Tensor) else data
-            predictions = predict(classifier, _keep_first(rows, kept), progress=progress)
-        self._refuse_invalid(predictions)
-        chosen = make_score(score) if isinstance(score, str) else score
-        cut = Threshold.fit(chosen.of(predictions), threshold, false_reject_rate, assurance)
-        fitted = _fit_calibrator(predictions, calibrator)
-        self.score, self.threshold, self.calibrator = chosen, cut, fitted
-        inputs = canary if isinstance(canary, Tensor) else torch.cat(kept) if kept else None
-        self.canary = None if canary is False or inputs is None else self._make_canary(inputs)
-        self.facts = {
-            "n": len(predictions),
-            "num_classes": predictions.num_classes,
-            "classes": None if predictions.classes is None else list(predictions.classes),
-            "dtype": predictions.dtype,
-            "source": predictions.source,
-            "fingerprint": predictions.fingerprint,
-            "labelled": predictions.labels is not None,
-        }
-        return self._beside_model()
 
     @torch.no_grad()
     def forward(self, x: Any) -> Decision:
@@ -181,9 +106,13 @@ class Guard(KeepDouble):
 
         Raises:
             NotFittedError: :meth:`fit` has not run.
+            UnsupportedModelError: the score needs features, and the model's head is not found.
         """
         require_threshold(self.threshold)
-        return self.decide(self._require_classifier()(x))
+        classifier = self._require_classifier()
+        if not self.score.needs_features:
+            return self.decide(classifier(x))
+        return self.decide(*self._with_features(classifier, x))
 
     @torch.no_grad()
     def pixels(self, pixels: Tensor) -> Decision:
@@ -243,40 +172,57 @@ class Guard(KeepDouble):
             NotFittedError: :meth:`fit` has not run.
             InvalidInputError: not (B, C), or another number of classes.
         """
-        threshold = require_threshold(self.threshold)
+        parts = self._parts()
         formulas.check_logits(logits)
-        if logits.device.type in _NO_DOUBLE:
-            logits = logits.cpu()
-            features = None if features is None else features.cpu()
-        expected = self.facts.get("num_classes", logits.shape[1])
-        if logits.shape[1] != expected:
-            raise InvalidInputError(
-                f"got logits of {logits.shape[1]} classes; this guard was fitted on {expected}"
-            )
-        score = self.score(logits, features).double()
-        valid = torch.isfinite(logits).all(dim=1) & torch.isfinite(score)
-        if features is not None:
-            valid &= torch.isfinite(features).all(dim=1)
-        accept = valid & threshold.accept(score)
-        status = torch.where(accept, ACCEPT, torch.where(valid, REJECT, INVALID)).to(torch.int8)
-        label, confidence = self._predicted(logits)
-        return Decision(
-            status=status,
-            label=torch.where(valid, label, -1),
-            confidence=torch.where(valid, confidence, 0.0),
-            energy=formulas.energy(logits),
-            score=score,
-            p_value=torch.where(valid, threshold.p_value(score), 0.0),
-            logits=logits,
-            cut=float(threshold.cut),
-            score_name=self.score.name,
-        )
+        self._check_classes(logits.shape[1])
+        return decide(parts, logits, features)
 
-    def _predicted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        if self.calibrator is not None:
-            return self.calibrator.predict(logits)
-        log_p, label = formulas.log_probabilities(logits).max(dim=-1)
-        return label, log_p.exp()
+    def decide_stored(self, predictions: Predictions) -> Decision:
+        """Decide on stored rows; the model is not run.
+
+        Raises:
+            NotFittedError: :meth:`fit` has not run.
+            DataError: the score needs logits or features that are not stored.
+            InvalidInputError: another number of classes.
+        """
+        parts = self._parts()
+        self._check_classes(predictions.num_classes)
+        return decide_stored(parts, predictions)
+
+    def screen_batch(self, x: Any, fdr: float = FDR) -> Screening:
+        """Name the outliers of a batch, with a bound on the false share among those named.
+
+        No decision is changed: the gate decides each input by itself.
+
+        Args:
+            x: a :class:`Decision` of this guard, or what ``guard(x)`` takes.
+            fdr: bound on the expected false share among the flagged, in (0, 1).
+
+        References:
+            See :func:`ebm_guard.gate.screening.screen_batch`.
+        """
+        threshold = require_threshold(self.threshold)
+        decision = x if isinstance(x, Decision) else self.forward(x)
+        # With cuts by class, the smallest group says how small a p-value can be.
+        n = min(getattr(threshold, "sizes", [threshold.n]))
+        return screen_batch(decision.p_value, fdr, n=n)
+
+    def drift_monitor(self, **settings: Any) -> DriftMonitor:
+        """Start a monitor for this gate's scores: feed it ``decision.score``.
+
+        Its reject rate is that of the threshold on the score alone, without a certified rule, and
+        where there are cuts by class that of one cut for all classes with the same promise.
+
+        Args:
+            settings: of :class:`~ebm_guard.gate.drift.DriftMonitor`, such as ``delta``.
+        """
+        threshold = require_threshold(self.threshold)
+        if isinstance(threshold, ClassConditionalThreshold):
+            scores = threshold.scores.cpu().numpy()
+            threshold = Threshold.fit(
+                scores, threshold.method, threshold.false_reject_rate, threshold.assurance
+            )
+        return DriftMonitor.from_threshold(threshold, **settings)
 
     def summary(self) -> str:
         """Say in a few lines what this guard is and promises."""
@@ -296,13 +242,15 @@ class Guard(KeepDouble):
         Raises:
             NotFittedError: :meth:`fit` has not run.
         """
+        parts = self._parts()
         return GuardState(
-            score=self.score,
-            threshold=require_threshold(self.threshold),
-            calibrator=self.calibrator,
+            score=parts.score,
+            threshold=parts.threshold,
+            calibrator=parts.calibrator,
             canary=self.canary,
             facts=self.facts,
             classifier=self.classifier,
+            rule=parts.rule,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -335,66 +283,24 @@ class Guard(KeepDouble):
         """
         state = read_state(path, model, logits)
         guard = cls(state.classifier)
-        guard.score, guard.threshold, guard.calibrator = (
-            state.score,
-            state.threshold,
-            state.calibrator,
-        )
-        guard.canary, guard.facts = state.canary, dict(state.facts)
+        guard._set(state.parts, state.facts)
+        guard.canary = state.canary
         return guard._beside_model()
 
-    def _beside_model(self) -> Guard:
-        """Keep the threshold's scores where the model is, so that a call copies nothing."""
-        device = None if self.classifier is None else self.classifier.device
-        return self if device is None or device.type in _NO_DOUBLE else self.to(device)
-
-    def _require_classifier(self) -> EnergyClassifier:
-        if self.classifier is None:
-            raise NotFittedError(
-                "this guard holds no model; load it with Guard.load(path, model), or give logits "
-                "to guard.decide(logits)"
+    def _with_features(self, classifier: EnergyClassifier, x: Any) -> tuple[Tensor, Tensor]:
+        known = classifier.head is not None and classifier.head.found
+        if not known and isinstance(x, Tensor) and len(x):
+            # One row proves nothing about a layer; its half is another input of the same kind.
+            alone = len(x) == 1 and x.is_floating_point()
+            classifier.probe_head(torch.cat([x, x / 2]) if alone else x)
+        output = classifier.forward(x, features=True)
+        if output.features is None:
+            message = "not looked for" if classifier.head is None else classifier.head.message
+            raise UnsupportedModelError(
+                f"the score {self.score.name} needs the features of the last linear layer, and "
+                f"that was not found in this {classifier.name}: {message}"
             )
-        return self.classifier
-
-    def _make_canary(self, inputs: Tensor) -> Canary:
-        classifier = self._require_classifier()
-        inputs = inputs[:CANARY_ROWS].detach().cpu().clone()
-        with torch.no_grad():
-            logits = classifier(inputs)
-        return Canary(inputs, logits.cpu(), logits.device.type)
-
-    def _refuse_invalid(self, predictions: Predictions) -> None:
-        bad = predictions.invalid
-        if bad.any():
-            first = predictions.names([int(bad.argmax())])[0]
-            raise ModelOutputError(
-                f"{int(bad.sum())} of {len(bad)} rows of {predictions.source} have NaN or infinite "
-                f"logits (first: {first}); a guard cannot be fitted on them. Look for overflow in "
-                "half precision or broken inputs"
-            )
-
-
-def _fit_calibrator(predictions: Predictions, chosen: str | Calibrator) -> Calibrator | None:
-    calibrator = make_calibrator(chosen) if isinstance(chosen, str) else chosen
-    if predictions.labels is None:
-        warnings.warn(
-            "no labels were given, so no temperature or other calibrator is fitted: confidence is "
-            "the plain softmax probability. The gate itself needs no labels",
-            EbmGuardWarning,
-            stacklevel=3,
-        )
-        return None
-    return calibrator.fit(predictions.logits, predictions.labels, predictions.sample_weight)
-
-
-def _keep_first(data: Iterable[Any], kept: list[Tensor]) -> Iterator[Any]:
-    """Pass batches on, and keep the first rows for the canary."""
-    for item in data:
-        batch = as_batch(item)
-        missing = CANARY_ROWS - sum(map(len, kept))
-        if missing > 0 and len(batch.inputs):
-            kept.append(batch.inputs[:missing])
-        yield batch
+        return output.logits, output.features
 
 
 def _opened(item: str | Path | Image.Image) -> Image.Image:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ebm_guard import registry
-from ebm_guard.errors import InvalidInputError, NotFittedError, TooFewRowsError
+from ebm_guard.errors import InvalidInputError, TooFewRowsError
 from ebm_guard.intervals import Array
 from ebm_guard.precision import KeepDouble
 
@@ -138,14 +139,8 @@ class Threshold(KeepDouble):
             InvalidInputError: non-finite scores, or rates out of range.
         """
         rule = registry.get("threshold", method).load()
-        _check_rates(false_reject_rate, assurance)
-        values = np.sort(np.asarray(scores, dtype=np.float64))
-        bad = int((~np.isfinite(values)).sum())
-        if bad:
-            raise InvalidInputError(
-                f"got {bad} of {len(values)} calibration scores that are not finite; a threshold "
-                "cannot be chosen on rows that the gate itself would refuse. Remove their cause"
-            )
+        check_rates(false_reject_rate, assurance)
+        values = np.sort(finite_scores(scores))
         n = len(values)
         rank = rule(n, false_reject_rate, assurance)
         needed = minimum_rows(method, false_reject_rate, assurance)
@@ -180,11 +175,25 @@ class Threshold(KeepDouble):
             "Nothing is promised about how many OOD inputs are refused."
         )
 
-    def accept(self, score: Tensor) -> Tensor:
-        """Compare scores (B,) with the cut; NaN is never accepted."""
+    def cuts(self, classes: Tensor) -> Tensor:
+        """Return the cut of each row, (B,) float64: here the same for all.
+
+        Args:
+            classes: (B,) int64, the class of the largest logit.
+        """
+        return self.cut.to(classes.device).expand(len(classes))
+
+    def accept(self, score: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Compare scores (B,) with the cut; NaN is never accepted.
+
+        Args:
+            score: (B,).
+            classes: not used: one cut serves all classes.
+        """
+        del classes
         return score.double() <= self.cut.to(score.device)
 
-    def p_value(self, score: Tensor) -> Tensor:
+    def p_value(self, score: Tensor, classes: Tensor | None = None) -> Tensor:
         """Compute the marginal conformal p-value (1 + #{s_i >= s(x)}) / (n + 1).
 
         It is uniform or larger for exchangeable ID rows, on average over calibration sets. It does
@@ -192,6 +201,7 @@ class Threshold(KeepDouble):
 
         Args:
             score: (B,), finite.
+            classes: not used: one set of scores serves all classes.
 
         Returns:
             (B,) float64 in [1/(n+1), 1].
@@ -199,6 +209,7 @@ class Threshold(KeepDouble):
         References:
             Bates et al., Testing for Outliers with Conformal P-values, 2021.
         """
+        del classes
         scores = self.scores.to(score.device)
         below = torch.searchsorted(scores, score.double(), right=False)
         return (1 + self.n - below).double() / (self.n + 1)
@@ -220,31 +231,53 @@ class Threshold(KeepDouble):
             raise ValueError(
                 f"threshold of rank {settings['rank']} in {tuple(scores.shape)} scores"
             )
+        assurance = settings["assurance"]
         threshold = cls(
             scores,
             int(settings["rank"]),
-            str(settings["method"]),
+            registry.get("threshold", str(settings["method"])).name,
             float(settings["false_reject_rate"]),
-            settings["assurance"],
+            None if assurance is None else float(assurance),
         )
-        threshold.cut.copy_(cut)
+        check_rates(threshold.false_reject_rate, 0.5 if assurance is None else float(assurance))
+        check_sorted(threshold.scores)
+        if not torch.equal(threshold.cut, cut.double()):
+            raise ValueError(f"a cut of {float(cut)} where the scores give {float(threshold.cut)}")
         return threshold
 
 
-def require_threshold(threshold: Threshold | None) -> Threshold:
-    """Return the threshold.
+def finite_scores(scores: Array) -> NDArray[np.float64]:
+    """Return calibration scores as float64.
 
     Raises:
-        NotFittedError: there is none yet.
+        InvalidInputError: some are not finite.
     """
-    if threshold is None:
-        raise NotFittedError(
-            "the guard is not fitted, so it has no threshold; call guard.fit(validation_loader)"
+    values = np.asarray(scores, dtype=np.float64)
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise InvalidInputError(
+            f"got {bad} of {len(values)} calibration scores that are not finite; a threshold "
+            "cannot be chosen on rows that the gate itself would refuse. Remove their cause"
         )
-    return threshold
+    return values
 
 
-def _check_rates(false_reject_rate: float, assurance: float) -> None:
+def check_sorted(scores: Tensor) -> None:
+    """Refuse stored calibration scores that are not finite and ascending.
+
+    Raises:
+        ValueError: they are not; a cut among them would mean nothing.
+    """
+    if not bool(torch.isfinite(scores).all()) or bool((scores.diff() < 0).any()):
+        raise ValueError("calibration scores that are not finite and ascending")
+
+
+def check_rates(false_reject_rate: float, assurance: float) -> None:
+    """Refuse rates outside (0, 1).
+
+    Raises:
+        InvalidInputError: with the one that is wrong.
+    """
     for name, value in (("false_reject_rate", false_reject_rate), ("assurance", assurance)):
         if not 0 < value < 1:
             raise InvalidInputError(f"got {name} {value!r}; needed a number in (0, 1)")

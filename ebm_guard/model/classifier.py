@@ -125,6 +125,11 @@ class EnergyClassifier:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
+    def compiled(self) -> bool:
+        """Whether features cost a second, plain run of the model (see :meth:`forward`)."""
+        return isinstance(self.model, nn.Module) and eager_run(self.model) is not None
+
+    @property
     def head(self) -> Head | None:
         """The verified last linear layer; None until :meth:`probe_head` has run."""
         return self._head

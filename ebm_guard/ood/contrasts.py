@@ -87,8 +87,8 @@ def max_t(covariance: Floats, seed: int = 0) -> float:
     """Return the 95 % quantile of max_j |Z_j|, Z normal with the correlation of ``covariance``.
 
     Example:
-        >>> round(max_t(np.eye(1)), 1)
-        2.0
+        >>> 1.9 < max_t(np.eye(1)) < 2.0 < max_t(np.eye(2))
+        True
     """
     deviation = np.sqrt(np.maximum(np.diag(covariance), 0.0))
     moving = deviation > 0

@@ -259,6 +259,7 @@ def _worst_set(metric: str, report: Mapping[str, Any]) -> str | None:
     values = {
         f"ood.{name}.scores.{score}.{metric}": part["scores"][score][metric]["value"]
         for name, part in report["ood"].items()
-        if metric in part["scores"].get(score, {})
+        # Shifted sets hold familiar images: a gate should accept them.
+        if part.get("role") != "shifted" and metric in part["scores"].get(score, {})
     }
     return _WORST[metric](values, key=lambda path: values[path]) if values else None

@@ -15,16 +15,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ebm_guard import registry
 from ebm_guard.calibration import row_statistics
-from ebm_guard.calibration.metrics import ece
-from ebm_guard.data.splits import check_disjoint
-from ebm_guard.errors import DataError, InvalidInputError, ModelOutputError
 from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier, Preprocessing
-from ebm_guard.ood import Energy, Score, make_score
+from ebm_guard.ood import Energy, make_score
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.calibration_section import calibration_section
+from ebm_guard.report.checks import check_sets, size_warnings
 from ebm_guard.report.comparison import Baseline, comparison_section
 from ebm_guard.report.crossfit import Fitted, fit_protocol
 from ebm_guard.report.gallery import gallery_section
@@ -38,15 +35,11 @@ from ebm_guard.report.record import (
     ModelCard,
     NotRun,
     Report,
-    Warned,
 )
 from ebm_guard.report.requirements import judge, parse_requirement
 from ebm_guard.report.rows import ReportRows, SetRows
+from ebm_guard.report.score_table import ScoreColumn, detector_rows, score_table
 from ebm_guard.report.selective_section import selective_section
-
-_RESERVED = ("evaluation", "calibration", "fit")
-_SMALL = 2000
-_PER_CLASS = 5
 
 
 @dataclass(frozen=True)
@@ -87,6 +80,7 @@ def build_report(
     *,
     ood: Mapping[str, Predictions] | None = None,
     calibration: Predictions | None = None,
+    fit: Predictions | None = None,
     guard: Guard | None = None,
     classifier: EnergyClassifier | None = None,
     baseline: Baseline | None = None,
@@ -104,6 +98,8 @@ def build_report(
         evaluation: ID rows; labels allow calibration and accuracy.
         ood: OOD sets by name; a name that begins with ``near`` or ``far`` tells the role.
         calibration: ID rows for temperature and threshold, disjoint from ``evaluation``.
+        fit: ID rows for the statistics of feature scores, usually training images; disjoint from
+            both.
         guard: a fitted guard to evaluate without refitting.
         classifier: the wrapped model, for the model card.
         baseline: an older report to compare with, row by row.
@@ -130,25 +126,26 @@ def build_report(
     settings = settings or Settings()
     ood = dict(ood or {})
     bounds = [parse_requirement(text) for text in requirements]
-    warned = _check_sets(evaluation, ood, calibration, guard)
+    warned = check_sets(evaluation, ood, calibration, fit, guard)
     score = guard.score if guard is not None else make_score(settings.score)
-    protocol = fit_protocol(evaluation, calibration, guard, score, settings)
-    scores = _scores(score)
-    rows = _rows(evaluation, ood, protocol)
+    detector, held = detector_rows(score, calibration, fit, settings.seed)
+    table = score_table(evaluation, ood, detector, score, settings.seed)
+    protocol = fit_protocol(evaluation, held, guard, table.columns[score.name], settings)
+    rows = _rows(evaluation, ood, table.columns[score.name], protocol)
     energy = Energy().of(evaluation) if evaluation.kind == "logits" else None
-    warned += protocol.warnings + _size_warnings(evaluation, protocol)
+    warned += protocol.warnings + size_warnings(evaluation, protocol)
     report = Report(
-        meta=_meta(evaluation, guard, classifier, settings, protocol),
+        meta=_meta(evaluation, guard, classifier, settings, protocol, table.sentences),
         data=DataSection(
             evaluation=_data_set(evaluation, "evaluation"),
             calibration=None if calibration is None else _data_set(calibration, "calibration"),
-            fit=None,
+            fit=None if fit is None else _data_set(fit, "fit"),
             ood={name: _data_set(part, ood_role(name)) for name, part in ood.items()},
         ),
         requirements=[],
         calibration=calibration_section(evaluation, ood, protocol, settings.seed, settings.metrics),
-        energy=energy_section(evaluation, ood, scores, protocol.cut_on_energy),
-        ood=ood_section(evaluation, ood, scores, settings.seed),
+        energy=energy_section(evaluation, ood, table, protocol.cut_on_energy, settings.seed),
+        ood=ood_section(ood, table, settings.seed),
         gate=gate_section(evaluation, ood, protocol),
         selective=selective_section(
             protocol.after, evaluation.labels, energy, protocol.parts, seed=settings.seed
@@ -170,11 +167,12 @@ def build_report(
     return replace(report, meta=replace(report.meta, run=run), rows=rows)
 
 
-def _rows(evaluation: Predictions, ood: Mapping[str, Predictions], fitted: Fitted) -> ReportRows:
+def _rows(
+    evaluation: Predictions, ood: Mapping[str, Predictions], gate: ScoreColumn, fitted: Fitted
+) -> ReportRows:
     labels = evaluation.labels
-    usable = fitted.id_scores is not None
     sets = {
-        name: SetRows(np.asarray(part.hashes), fitted.score.of(part) if usable else None)
+        name: SetRows(np.asarray(part.hashes), gate.values.get(name))
         for name, part in {"evaluation": evaluation, **ood}.items()
     }
     before = (
@@ -183,104 +181,6 @@ def _rows(evaluation: Predictions, ood: Mapping[str, Predictions], fitted: Fitte
         else row_statistics(evaluation.logits, labels, sample_weight=evaluation.sample_weight)
     )
     return ReportRows(sets, labels, before, fitted.after)
-
-
-def _scores(gate: Score) -> dict[str, Score]:
-    scores = {method.name: make_score(method.name) for method in registry.methods("score")}
-    scores[gate.name] = gate
-    return scores
-
-
-def _check_sets(
-    evaluation: Predictions,
-    ood: Mapping[str, Predictions],
-    calibration: Predictions | None,
-    guard: Guard | None,
-) -> list[Warned]:
-    warned = []
-    others = {**ood, **({} if calibration is None else {"calibration": calibration})}
-    for name, part in {"evaluation": evaluation, **others}.items():
-        _refuse_invalid(name, part)
-        if part.num_classes != evaluation.num_classes or part.kind != evaluation.kind:
-            raise DataError(
-                f"{name} has {part.num_classes} classes ({part.kind}), evaluation has "
-                f"{evaluation.num_classes} ({evaluation.kind}); needed outputs of one model"
-            )
-        if part.skipped:
-            message = f"{len(part.skipped)} unreadable images of {name} were skipped"
-            warned.append(Warned("skipped_images", message))
-        if part.notes.get("limit"):
-            message = f"{name} was limited to {len(part)} rows: these are not the full figures"
-            warned.append(Warned("limited", message))
-    for name in ood:
-        if name in _RESERVED or not name.replace("_", "").replace("-", "").isalnum():
-            raise InvalidInputError(
-                f"got OOD set name {name!r}; needed letters, digits, _ and -, and none of "
-                f"{', '.join(_RESERVED)}"
-            )
-    for name, part in others.items():
-        warned += _overlap(evaluation, part, name)
-    fitted = evaluation.num_classes if guard is None else guard.facts.get("num_classes")
-    if fitted != evaluation.num_classes:
-        raise DataError(
-            f"evaluation has {evaluation.num_classes} classes; the guard was fitted on {fitted}"
-        )
-    if guard is not None and guard.facts.get("fingerprint") == evaluation.fingerprint:
-        raise DataError(
-            "the guard was fitted on the very rows it is now evaluated on; give evaluation data "
-            "that it has not seen"
-        )
-    return warned
-
-
-def _overlap(evaluation: Predictions, other: Predictions, name: str) -> list[Warned]:
-    if evaluation.hashes is None or other.hashes is None:
-        return []
-    message = check_disjoint(evaluation.hashes, other.hashes, ("evaluation", name))
-    return [] if message is None else [Warned("shared_rows", message)]
-
-
-def _refuse_invalid(name: str, part: Predictions) -> None:
-    bad = part.invalid
-    if part.kind == "logits" and bad.any():
-        first = part.names([int(bad.argmax())])[0]
-        raise ModelOutputError(
-            f"{int(bad.sum())} of {len(part)} rows of {name} have NaN or infinite logits (first: "
-            f"{first}); no metric is honest on the rest. Look for overflow in half precision or "
-            "broken inputs"
-        )
-
-
-def _size_warnings(evaluation: Predictions, protocol: Fitted) -> list[Warned]:
-    if len(evaluation) >= _SMALL or protocol.after is None:
-        return []
-    null95 = ece(protocol.after).null95
-    return [
-        *_few_per_class(evaluation),
-        Warned(
-            "small_n",
-            f"{len(evaluation):,} evaluation rows are few for ECE and the reliability diagram. A "
-            f"perfectly calibrated model with these confidences would show an ECE of up to "
-            f"{null95:.1%} (95 % of cases): a lower ECE says nothing. Most bins hold few rows, so "
-            "their bars are wide, and below about 2,000 rows the intervals of calibration errors "
-            "may cover the truth in less than 95 % of cases",
-        ),
-    ]
-
-
-def _few_per_class(evaluation: Predictions) -> list[Warned]:
-    if evaluation.labels is None:
-        return []
-    fewest = int(np.unique(evaluation.labels, return_counts=True)[1].min())
-    if fewest >= _PER_CLASS:
-        return []
-    return [
-        Warned(
-            "few_per_class",
-            f"scores on features: not run: {fewest} image{'' if fewest == 1 else 's'} per class, "
-            f"and {_PER_CLASS} are needed to describe a class. Figures per class would say nothing",
-        )
-    ]
 
 
 def _data_set(part: Predictions, role: str) -> DataSet:
@@ -307,6 +207,7 @@ def _meta(
     classifier: EnergyClassifier | None,
     settings: Settings,
     protocol: Fitted,
+    of_scores: list[str],
 ) -> Meta:
     classifier = classifier or (guard.classifier if guard is not None else None)
     preprocessing = None if classifier is None else classifier.preprocessing
@@ -334,7 +235,7 @@ def _meta(
         model=_model_card(evaluation, classifier),
         preprocessing=None if preprocessing is None else _preprocessing(preprocessing),
         seed=settings.seed,
-        protocol=protocol.sentences,
+        protocol=[*protocol.sentences, *of_scores],
         settings=chosen,
         command=settings.command,
         environment=_environment(evaluation, classifier),

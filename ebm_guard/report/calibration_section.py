@@ -23,7 +23,8 @@ from ebm_guard.calibration.metrics.proper import accuracy, weighted_mean
 from ebm_guard.intervals import Metric
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.calibrator_table import calibrator_table
-from ebm_guard.report.crossfit import Fitted, calibrator_facts, cross_fitted_classwise
+from ebm_guard.report.crossfit import Fitted, calibrator_facts
+from ebm_guard.report.held_out import cross_fitted_classwise
 from ebm_guard.report.record import (
     ATTENTION,
     BAD,
@@ -143,7 +144,8 @@ def _on_request(
     """Compute the metrics that are not shown by default; ``fitted`` None means before."""
     logits, labels = evaluation.logits, evaluation.require_labels("classwise ECE")
     if fitted is not None and fitted.splits:
-        classwise = cross_fitted_classwise(fitted, evaluation, seed)
+        name = "temperature" if fitted.calibrator is None else fitted.calibrator.name
+        classwise = cross_fitted_classwise(name, evaluation, fitted.splits, seed)
     else:
         calibrator = None if fitted is None else fitted.calibrator
         transform = None if calibrator is None else calibrator.transform

@@ -15,7 +15,8 @@ from ebm_guard.calibration.metrics.proper import weighted_mean
 from ebm_guard.errors import EbmGuardError, EbmGuardWarning
 from ebm_guard.intervals import Metric
 from ebm_guard.predictions import Predictions
-from ebm_guard.report.crossfit import Fitted, cross_fitted
+from ebm_guard.report.crossfit import Fitted
+from ebm_guard.report.held_out import cross_fitted
 from ebm_guard.report.record import NotRun, Record
 
 REFERENCE = "temperature"

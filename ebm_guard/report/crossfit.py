@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ebm_guard.calibration import Calibrator, RowStatistics, make_calibrator, row_statistics
-from ebm_guard.calibration.metrics import ClassSums
+from ebm_guard.calibration import Calibrator, RowStatistics
 from ebm_guard.data.splits import two_folds
 from ebm_guard.errors import EbmGuardWarning, TooFewRowsError
-from ebm_guard.gate import Guard, Threshold
-from ebm_guard.intervals import Array, Metric
-from ebm_guard.ood import Score
+from ebm_guard.gate import Guard, RiskRule, Threshold
+from ebm_guard.gate.class_conditional import AnyThreshold
+from ebm_guard.ood import Score, make_score
 from ebm_guard.predictions import Predictions
+from ebm_guard.report.held_out import (
+    HeldOutPart,
+    Split,
+    fit_calibrator,
+    held_out_parts,
+    joined,
+    statistics_after,
+)
 from ebm_guard.report.record import Warned
+from ebm_guard.report.score_table import Calibration, ScoreColumn
 
 
 class Choices(Protocol):
     """The settings that the protocol reads."""
 
+    @property
+    def score(self) -> str: ...  # noqa: D102
     @property
     def calibrator(self) -> str: ...  # noqa: D102
     @property
@@ -34,37 +44,6 @@ class Choices(Protocol):
     def assurance(self) -> float: ...  # noqa: D102
     @property
     def seed(self) -> int: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows to fit on, and the evaluation rows that may be judged by that fit.
-
-    Args:
-        fit: predictions that share no row with the test rows.
-        test: numbers of the evaluation rows.
-    """
-
-    fit: Predictions
-    test: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class HeldOutPart:
-    """Evaluation rows that one calibrator has not seen.
-
-    Given that calibrator they are exchangeable with inputs to come, which rows that were
-    calibrated by two different calibrators are not.
-
-    Args:
-        index: (M,) positions among the evaluation rows.
-        log_probabilities: maps positions (B,) to log p(y|x) (B, C) under that calibrator.
-        fitted_on: where the calibrator comes from, in words.
-    """
-
-    index: NDArray[np.int64]
-    log_probabilities: Callable[[NDArray[np.int64]], Array]
-    fitted_on: str
 
 
 @dataclass(frozen=True)
@@ -79,51 +58,67 @@ class Fitted:
         no_gate: why there is no threshold.
         after: row statistics under a calibrator that did not see the row, None without labels.
         accept: (N,) decisions by a threshold that did not see the row, None without a gate.
+        accepts: maps other rows to the decisions of the deployed gate, None without one.
         splits: (rows to fit on, evaluation rows to judge) pairs that cover the evaluation rows;
             empty for a given guard, which is not refitted.
         parts: evaluation rows with the calibrator that has not seen them; empty without labels.
         fitted_on: where calibrator and threshold come from, in words.
         sentences: the protocol, in words.
         warnings: what went wrong on the way.
+        risk_rule: the certified rule of a given guard, which lowers its coverage.
     """
 
     score: Score
     id_scores: NDArray[np.float64] | None
     calibrator: Calibrator | None
-    threshold: Threshold | None
+    threshold: AnyThreshold | None
     no_gate: str
     after: RowStatistics | None
     accept: NDArray[np.bool_] | None
+    accepts: Callable[[Predictions], NDArray[np.bool_]] | None
     splits: list[Split]
     parts: list[HeldOutPart]
     fitted_on: str
     sentences: list[str]
     warnings: list[Warned]
+    risk_rule: RiskRule | None = None
 
     @property
     def cut_on_energy(self) -> float | None:
         """The threshold, where the gate's score is the energy that the histogram shows."""
         shown = self.score.name == "energy" and self.score.settings() == {"energy_temperature": 1.0}
-        return float(self.threshold.cut) if shown and self.threshold is not None else None
+        return self.cut if shown else None
+
+    @property
+    def cut(self) -> float | None:
+        """The threshold's one cut; None without a gate, or with a cut for each class."""
+        return float(self.threshold.cut) if isinstance(self.threshold, Threshold) else None
 
 
 def fit_protocol(
     evaluation: Predictions,
-    calibration: Predictions | None,
+    calibration: Calibration | None,
     guard: Guard | None,
-    score: Score,
+    gate: ScoreColumn,
     choices: Choices,
 ) -> Fitted:
-    """Fit on calibration rows, by cross-fitting, or not at all (a given guard)."""
-    scores = _scores(score, evaluation)
+    """Fit on calibration rows, by cross-fitting, or not at all (a given guard).
+
+    Args:
+        evaluation: ID rows to judge.
+        calibration: rows to fit on, or None.
+        guard: a fitted guard, or None.
+        gate: the gate's score of the rows.
+        choices: what is fitted.
+    """
     if guard is not None:
-        return _given(evaluation, guard, score, scores)
+        return _given(evaluation, guard, gate)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EbmGuardWarning)
         if calibration is not None:
-            fitted = _held_out(evaluation, calibration, score, scores, choices)
+            fitted = _held_out(evaluation, calibration, gate, choices)
         else:
-            fitted = _two_fold(evaluation, score, scores, choices)
+            fitted = _two_fold(evaluation, gate, choices)
     for warning in caught:
         if not issubclass(warning.category, EbmGuardWarning):
             warnings.warn_explicit(
@@ -134,69 +129,57 @@ def fit_protocol(
     return fitted
 
 
-def _scores(score: Score, part: Predictions) -> NDArray[np.float64] | None:
-    if part.kind == "probs" and not score.from_probabilities:
-        return None
-    return score.of(part)
-
-
-def _given(
-    evaluation: Predictions,
-    guard: Guard,
-    score: Score,
-    scores: NDArray[np.float64] | None,
-) -> Fitted:
-    threshold = guard.state().threshold
+def _given(evaluation: Predictions, guard: Guard, gate: ScoreColumn) -> Fitted:
     every = np.arange(len(evaluation), dtype=np.int64)
-    reason = "" if scores is not None else _needs_logits(score)
+    usable = bool(gate.values)
     return Fitted(
-        score=score,
-        id_scores=scores,
+        score=guard.score,
+        id_scores=gate.values.get("evaluation"),
         calibrator=guard.calibrator,
-        threshold=threshold if scores is not None else None,
-        no_gate=reason,
-        after=_after(guard.calibrator, evaluation),
-        accept=None if scores is None else scores <= float(threshold.cut),
+        threshold=guard.state().threshold if usable else None,
+        no_gate="" if usable else _no_scores(gate, guard.score.name),
+        after=statistics_after(guard.calibrator, evaluation),
+        accept=guard.decide_stored(evaluation).accept.numpy() if usable else None,
+        accepts=(lambda part: guard.decide_stored(part).accept.numpy()) if usable else None,
         splits=[],
-        parts=_parts(evaluation, [(guard.calibrator, every)], "the given guard"),
+        parts=held_out_parts(evaluation, [(guard.calibrator, every)], "the given guard"),
         fitted_on=f"the given guard ({guard.facts.get('n', 0):,} rows of "
         f"{guard.facts.get('source', 'unknown')})",
         sentences=[
             (
-                "The given guard is evaluated as it is: neither temperature nor threshold is "
+                "The given guard is evaluated as it is: neither calibrator nor threshold is "
                 "refitted, and all evaluation rows count. That these rows are new to it is checked "
                 "only for the whole set."
             ),
         ],
         warnings=[],
+        risk_rule=guard.rule,
     )
 
 
 def _held_out(
-    evaluation: Predictions,
-    calibration: Predictions,
-    score: Score,
-    scores: NDArray[np.float64] | None,
-    choices: Choices,
+    evaluation: Predictions, calibration: Calibration, gate: ScoreColumn, choices: Choices
 ) -> Fitted:
-    calibrator = _calibrator(calibration, choices.calibrator)
-    threshold, reason = _threshold(_scores(score, calibration), score, choices)
-    where = f"{len(calibration):,} calibration rows"
+    calibrator = fit_calibrator(calibration.rows, choices.calibrator)
+    scores = gate.values.get("evaluation")
+    threshold, reason = _threshold(_of(gate, calibration.threshold_rows), gate, choices)
+    where = f"{len(calibration.rows):,} calibration rows"
     every = np.arange(len(evaluation), dtype=np.int64)
     return Fitted(
-        score=score,
+        score=_score(gate, choices),
         id_scores=scores,
         calibrator=calibrator,
         threshold=threshold,
         no_gate=reason,
-        after=_after(calibrator, evaluation),
+        after=statistics_after(calibrator, evaluation),
         accept=None if threshold is None or scores is None else scores <= float(threshold.cut),
-        splits=[Split(calibration, every)],
-        parts=_parts(evaluation, [(calibrator, every)], where),
+        accepts=_by(gate, threshold),
+        splits=[Split(calibration.rows, every)],
+        parts=held_out_parts(evaluation, [(calibrator, every)], where),
         fitted_on=where,
         sentences=[
             (
-                f"Temperature and threshold are fitted on {where} and measured on "
+                f"Calibrator and threshold are fitted on {where} and measured on "
                 f"{len(evaluation):,} evaluation rows that share none with them."
             ),
         ],
@@ -204,145 +187,116 @@ def _held_out(
     )
 
 
-def _two_fold(
-    evaluation: Predictions,
-    score: Score,
-    scores: NDArray[np.float64] | None,
-    choices: Choices,
-) -> Fitted:
+def _two_fold(evaluation: Predictions, gate: ScoreColumn, choices: Choices) -> Fitted:
     n = len(evaluation)
     first, second = two_folds(n, evaluation.labels, choices.seed)
-    pairs = ((first, second), (second, first))
+    pairs = [(first, second), (second, first)]
     splits = [Split(evaluation.select(fit), test) for fit, test in pairs]
     splits = splits if min(len(first), len(second)) >= 2 else []
-    fits = [_calibrator(split.fit, choices.calibrator) for split in splits]
+    fits = [fit_calibrator(split.fit, choices.calibrator) for split in splits]
     halves = [(fit, split.test) for fit, split in zip(fits, splits, strict=True)]
-    accept: NDArray[np.bool_] | None = np.zeros(n, dtype=bool)
-    reason = ""
-    for fit, test in pairs:
-        fold, reason = _threshold(None if scores is None else scores[fit], score, choices)
-        if fold is None or scores is None or accept is None:
-            accept = None
-            break
-        accept[test] = scores[test] <= float(fold.cut)
-    threshold = _threshold(scores, score, choices)[0] if accept is not None else None
+    scores = gate.values.get("evaluation")
+    turns = _turns(evaluation, gate, choices.seed) if gate.folds else pairs
+    accept, reason = _accepted(scores, turns, gate, choices)
+    # A detector of its own keeps half of the rows to itself; the other half gives the cut.
+    deployed = scores if scores is None or not gate.folds else scores[gate.folds[0][1]]
+    threshold = _threshold(deployed, gate, choices)[0] if accept is not None else None
+    share = "half" if len(turns) == 2 else "quarter"
     return Fitted(
-        score=score,
+        score=_score(gate, choices),
         id_scores=scores,
-        calibrator=_calibrator(evaluation, choices.calibrator),
+        calibrator=fit_calibrator(evaluation, choices.calibrator),
         threshold=threshold,
-        no_gate=f"each half of the evaluation rows must do alone: {reason}" if reason else "",
-        after=_joined(fits, evaluation, splits),
+        no_gate=f"each {share} of the evaluation rows must do alone: {reason}" if reason else "",
+        after=joined(fits, evaluation, splits),
         accept=accept,
+        accepts=_by(gate, threshold),
         splits=splits,
-        parts=_parts(evaluation, halves, "the other half"),
+        parts=held_out_parts(evaluation, halves, "the other half"),
         fitted_on=f"all {n:,} evaluation rows, as deployed",
-        sentences=[
-            (
-                "No calibration data was given, so two-fold cross-fitting is used (stratified "
-                f"by label, seed {choices.seed}): temperature and threshold are fitted on one half "
-                "and measured on the other, both ways; the figures `after` and the coverage join "
-                "both halves."
-            ),
-            (
-                f"The temperature and the threshold shown are those fitted on all {n:,} rows, as "
-                "`ebm-guard fit` would deploy them; OOD rows are judged by that threshold."
-            ),
-        ],
+        sentences=_two_fold_sentences(n, choices.seed, own_detector=bool(gate.folds)),
         warnings=[],
     )
 
 
-def cross_fitted(name: str, evaluation: Predictions, splits: list[Split]) -> RowStatistics | None:
-    """Return statistics of the evaluation rows under a calibrator that did not see them.
-
-    Args:
-        name: a registered calibrator.
-        evaluation: the rows.
-        splits: who judges whom.
-
-    Returns:
-        In the order of the evaluation rows; None without labels or splits.
-    """
-    return _joined([_calibrator(split.fit, name) for split in splits], evaluation, splits)
+def _turns(
+    evaluation: Predictions, gate: ScoreColumn, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Split the rows of each detector into halves: one gives the cut, the other is judged."""
+    turns = []
+    for _, rows in gate.folds:
+        labels = None if evaluation.labels is None else evaluation.labels[rows]
+        first, second = (rows[half] for half in two_folds(len(rows), labels, seed + 1))
+        turns += [(first, second), (second, first)]
+    return turns
 
 
-def _joined(
-    fits: Sequence[Calibrator | None], evaluation: Predictions, splits: list[Split]
-) -> RowStatistics | None:
-    """Return the statistics of all splits, in the order of the evaluation rows."""
-    parts = []
-    for fit, split in zip(fits, splits, strict=True):
-        part = _after(fit, evaluation.select(split.test))
-        if part is None:
-            return None
-        parts.append(part)
-    if not parts:
-        return None
-    order = np.argsort(np.concatenate([split.test for split in splits]))
-    return RowStatistics.concatenate(parts).select(order)
+def _accepted(
+    scores: NDArray[np.float64] | None,
+    turns: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    gate: ScoreColumn,
+    choices: Choices,
+) -> tuple[NDArray[np.bool_] | None, str]:
+    """Judge every row by a threshold that did not see it, or say why that is not possible."""
+    if scores is None:
+        return None, _no_scores(gate, choices.score)
+    accept = np.zeros(len(scores), dtype=bool)
+    for fit, test in turns:
+        fold, reason = _threshold(scores[fit], gate, choices)
+        if fold is None:
+            return None, reason
+        accept[test] = scores[test] <= float(fold.cut)
+    return accept, ""
 
 
-def _parts(
-    evaluation: Predictions,
-    fits: Sequence[tuple[Calibrator | None, NDArray[np.int64]]],
-    fitted_on: str,
-) -> list[HeldOutPart]:
-    """Pair evaluation rows with the calibrator that has not seen them."""
-    parts = []
-    for calibrator, test in fits:
-        if calibrator is None or evaluation.labels is None:
-            return []
-        parts.append(HeldOutPart(test, _Transformed(evaluation, calibrator), fitted_on))
-    return parts
-
-
-@dataclass(frozen=True)
-class _Transformed:
-    """Calibrated log-probabilities of rows, computed when they are asked for."""
-
-    evaluation: Predictions
-    calibrator: Calibrator
-
-    def __call__(self, rows: NDArray[np.int64]) -> Array:
-        return self.calibrator.transform(self.evaluation.logits[rows])
-
-
-def cross_fitted_classwise(fitted: Fitted, evaluation: Predictions, seed: int) -> Metric:
-    """Compute the classwise ECE of the cross-fitted calibrator, which needs all probabilities."""
-    labels = evaluation.require_labels("classwise ECE")
-    name = "temperature" if fitted.calibrator is None else fitted.calibrator.name
-    sums = ClassSums()
-    for split in fitted.splits:
-        calibrator = _calibrator(split.fit, name)
-        transform = None if calibrator is None else calibrator.transform
-        sums = sums.add(evaluation.logits[split.test], labels[split.test], transform=transform)
-    return sums.metric(seed=seed)
-
-
-def _calibrator(part: Predictions, name: str) -> Calibrator | None:
-    if part.labels is None:
-        return None
-    return make_calibrator(name).fit(part.logits, part.labels, part.sample_weight)
-
-
-def _after(calibrator: Calibrator | None, part: Predictions) -> RowStatistics | None:
-    if calibrator is None or part.labels is None:
-        return None
-    return row_statistics(
-        part.logits,
-        part.labels,
-        transform=calibrator.transform,
-        keeps_prediction=calibrator.keeps_prediction,
-        sample_weight=part.sample_weight,
+def _two_fold_sentences(n: int, seed: int, *, own_detector: bool) -> list[str]:
+    first = (
+        "No calibration data was given, so two-fold cross-fitting is used (stratified by label, "
+        f"seed {seed}): calibrator and threshold are fitted on one half and measured on the "
+        "other, both ways; the figures `after` and the coverage join both halves."
     )
+    if own_detector:
+        return [
+            first,
+            (
+                "The gate's score has statistics of its own: each detector is fitted on one half, "
+                "its threshold on a quarter, and measured on the last quarter, all ways. The "
+                "threshold shown belongs to the detector of the first half and the scores of the "
+                "second; OOD rows are judged by it."
+            ),
+        ]
+    return [
+        first,
+        (
+            f"The calibrator and the threshold shown are those fitted on all {n:,} rows, as "
+            "`ebm-guard fit` would deploy them; OOD rows are judged by that threshold."
+        ),
+    ]
+
+
+def _score(gate: ScoreColumn, choices: Choices) -> Score:
+    return make_score(choices.score) if gate.score is None else gate.score
+
+
+def _by(
+    gate: ScoreColumn, threshold: Threshold | None
+) -> Callable[[Predictions], NDArray[np.bool_]] | None:
+    score = gate.score
+    if threshold is None or score is None:
+        return None
+    cut = float(threshold.cut)
+    return lambda part: score.of(part) <= cut
+
+
+def _of(gate: ScoreColumn, part: Predictions) -> NDArray[np.float64] | None:
+    return None if gate.score is None or not gate.values else gate.score.of(part)
 
 
 def _threshold(
-    scores: NDArray[np.float64] | None, score: Score, choices: Choices
+    scores: NDArray[np.float64] | None, gate: ScoreColumn, choices: Choices
 ) -> tuple[Threshold | None, str]:
     if scores is None:
-        return None, _needs_logits(score)
+        return None, _no_scores(gate, choices.score)
     try:
         threshold = Threshold.fit(
             scores, choices.threshold, choices.false_reject_rate, choices.assurance
@@ -352,8 +306,8 @@ def _threshold(
     return threshold, ""
 
 
-def _needs_logits(score: Score) -> str:
-    return f"a gate on {score.name} is not available: needs logits, got probabilities"
+def _no_scores(gate: ScoreColumn, name: str) -> str:
+    return f"a gate on {name} is not available: {gate.reason}"
 
 
 def calibrator_facts(fitted: Fitted) -> dict[str, Any] | None:

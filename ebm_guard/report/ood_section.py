@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ebm_guard.intervals import Metric
-from ebm_guard.ood import Energy, Score, ood_metrics, roc_curve
-from ebm_guard.ood.metrics import auroc, auroc_difference
+from ebm_guard.ood import Energy, ood_metrics, roc_curve
+from ebm_guard.ood.contrasts import auroc_contrasts
+from ebm_guard.ood.metrics import auroc
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.record import (
     ATTENTION,
@@ -23,7 +25,9 @@ from ebm_guard.report.record import (
     Ranking,
     Verdict,
 )
+from ebm_guard.report.score_table import ScoreTable
 
+SYNTHETIC, SHIFTED = "synthetic", "shifted"
 _BINS = 60
 # Customs: below 0.8 the two sets mix, above 0.95 few inputs are confused.
 _WEAK, _STRONG = 0.80, 0.95
@@ -35,32 +39,30 @@ Values = dict[str, NDArray[np.float64]]
 def ood_role(name: str) -> str:
     """Return the role that the name of an OOD set tells.
 
+    ``synthetic`` sets are made from the user's own images; ``shifted`` ones are familiar images
+    under other conditions, which a gate should still accept: they are not ranked.
+
     Example:
-        >>> ood_role("near_cifar100"), ood_role("svhn")
-        ('near_ood', 'ood')
+        >>> ood_role("near_cifar100"), ood_role("svhn"), ood_role("shifted_blur")
+        ('near_ood', 'ood', 'shifted')
     """
     for prefix in ("near", "far"):
         if name.startswith(prefix):
             return f"{prefix}_ood"
-    return "ood"
+    return next((role for role in (SYNTHETIC, SHIFTED) if name.startswith(role)), "ood")
 
 
-def ood_section(
-    evaluation: Predictions,
-    ood: Mapping[str, Predictions],
-    scores: Mapping[str, Score],
-    seed: int,
-) -> dict[str, OODSet]:
+def ood_section(ood: Mapping[str, Predictions], table: ScoreTable, seed: int) -> dict[str, OODSet]:
     """Measure every score on every OOD set, against all evaluation rows."""
     sections = {}
     for name, part in ood.items():
         measured: dict[str, Any] = {}
         curves: dict[str, Any] = {}
-        for method, score in scores.items():
-            if not _available(score, evaluation):
-                measured[method] = NotRun("needs logits, got probabilities")
+        for method, column in table.columns.items():
+            if not column.values:
+                measured[method] = NotRun(column.reason)
                 continue
-            id_scores, ood_scores = score.of(evaluation), score.of(part)
+            id_scores, ood_scores = column.values["evaluation"], column.values[name]
             measured[method] = ood_metrics(id_scores, ood_scores, seed=seed)
             curves[method] = roc_curve(id_scores, ood_scores).to_dict()
         sections[name] = OODSet(ood_role(name), len(part), measured, curves)
@@ -70,8 +72,9 @@ def ood_section(
 def energy_section(
     evaluation: Predictions,
     ood: Mapping[str, Predictions],
-    scores: Mapping[str, Score],
+    table: ScoreTable,
     threshold: float | None,
+    seed: int,
 ) -> EnergySection | NotRun:
     """Describe the energies of all sets, and rank energy among the scores."""
     if evaluation.kind == "probs":
@@ -79,7 +82,8 @@ def energy_section(
     energy = Energy()
     parts = {"evaluation": evaluation, **ood}
     values = {name: energy.of(part) for name, part in parts.items()}
-    ranking = _ranking(evaluation, ood, scores) if ood else None
+    ranked = [name for name in ood if ood_role(name) != SHIFTED]
+    ranking = _ranking(ranked, table, seed) if ranked else None
     sets = {
         name: {"role": "evaluation" if name == "evaluation" else ood_role(name)} | _summary(row)
         for name, row in values.items()
@@ -92,10 +96,6 @@ def energy_section(
         threshold=threshold,
         ranking=ranking,
     )
-
-
-def _available(score: Score, part: Predictions) -> bool:
-    return part.kind == "logits" or score.from_probabilities
 
 
 def _summary(values: NDArray[np.float64]) -> dict[str, Any]:
@@ -128,11 +128,11 @@ def _histogram(values: Values, threshold: float | None) -> dict[str, Any]:
     return {"edges": edges.tolist(), "counts": counts}
 
 
-def _ranking(
-    evaluation: Predictions, ood: Mapping[str, Predictions], scores: Mapping[str, Score]
-) -> Ranking:
-    id_scores = {name: score.of(evaluation) for name, score in scores.items()}
-    ood_scores = {name: [score.of(part) for part in ood.values()] for name, score in scores.items()}
+def _ranking(sets: list[str], table: ScoreTable, seed: int) -> Ranking:
+    columns = table.ran()
+    scores = list(columns)
+    id_scores = {name: column.values["evaluation"] for name, column in columns.items()}
+    ood_scores = {name: [column.values[part] for part in sets] for name, column in columns.items()}
     means: dict[str, float] = {}
     worst: dict[str, float] = {}
     for name in scores:
@@ -140,7 +140,7 @@ def _ranking(
         means[name], worst[name] = float(np.mean(values)), min(values)
     order = sorted(scores, key=lambda name: -means[name])
     ranks = {name: 1 + sum(other > means[name] for other in means.values()) for name in order}
-    table = [
+    ranked = [
         {
             "name": name,
             "mean_auroc": means[name],
@@ -152,19 +152,24 @@ def _ranking(
     best, rank = order[0], ranks["energy"]
     # With energy in front, it is compared with the runner-up; every rival was looked at.
     rival = best if rank > 1 else next(name for name in order if name != "energy")
-    first, second = (rival, "energy") if rank > 1 else ("energy", rival)
-    difference = auroc_difference(
-        id_scores[first],
-        id_scores[second],
-        ood_scores[first],
-        ood_scores[second],
-        comparisons=len(scores) - 1,
-    )
-    sentence = _ranking_sentence(rank, len(table), rival, difference)
+    # Intervals of all leads at once: the best score was chosen by looking at all of them.
+    against = auroc_contrasts(id_scores, ood_scores, "energy", seed)[rival]
+    difference = against if rank > 1 else _negated(against)
+    sentence = _ranking_sentence(rank, len(ranked), rival, difference)
     if rank == 1:
         best = "energy"
         difference = Metric(0.0, None, None, difference.n, "energy is the best")
-    return Ranking(table, rank, len(table), best, difference, sentence)
+    return Ranking(ranked, rank, len(ranked), best, difference, sentence)
+
+
+def _negated(metric: Metric) -> Metric:
+    low, high = metric.low, metric.high
+    return replace(
+        metric,
+        value=-metric.value,
+        low=None if high is None else -high,
+        high=None if low is None else -low,
+    )
 
 
 def _ranking_sentence(rank: int, of: int, rival: str, difference: Metric) -> str:
@@ -196,7 +201,7 @@ def _verdict(values: Values, ranking: Ranking | None) -> Verdict:
     found = {
         name: ood_metrics(values["evaluation"], row, draws=100)
         for name, row in values.items()
-        if name != "evaluation"
+        if name != "evaluation" and ood_role(name) != SHIFTED
     }
     worst = min(found, key=lambda name: found[name].auroc.value)
     value = found[worst].auroc.value
@@ -211,5 +216,10 @@ def _verdict(values: Values, ranking: Ranking | None) -> Verdict:
         f"of familiar inputs lets {found[worst].fpr95.value:.1%} of {worst} pass. "
         f"Energy ranks {ranking.energy_rank} of {ranking.of} scores here"
     )
-    best = "." if ranking.energy_rank == 1 else f"; the best is {ranking.best}."
-    return Verdict(status, headline, sentence + best)
+    sentence += "." if ranking.energy_rank == 1 else f"; the best is {ranking.best}."
+    if all(ood_role(name) == SYNTHETIC for name in found):
+        sentence += (
+            " These sets are synthetic, made from your own images: real foreign images may be "
+            "harder. Give some with `--ood NAME=SPEC`."
+        )
+    return Verdict(status, headline, sentence)

@@ -191,11 +191,12 @@ class GateSection(Record):
     verdict: Verdict
     score: str
     method: str
-    threshold: float
+    threshold: float | None
     false_reject_rate: float
     assurance: float | None
     n: int
     guarantee: str
+    rule: str
     protocol: str
     coverage: Any
     accuracy_accepted: Any

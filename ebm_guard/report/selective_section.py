@@ -23,7 +23,7 @@ from ebm_guard.calibration.selective import COVERAGES, AccuracyAt, RiskCoverage,
 from ebm_guard.data.splits import two_folds
 from ebm_guard.errors import TooFewRowsError
 from ebm_guard.intervals import Metric, proportion
-from ebm_guard.report.crossfit import HeldOutPart
+from ebm_guard.report.held_out import HeldOutPart
 from ebm_guard.report.record import ATTENTION, BAD, GOOD, UNCLEAR, NotRun, Record, Verdict
 
 # Risks 0.01 and 0.05 are always shown, the others where a certificate exists.

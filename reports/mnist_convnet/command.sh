@@ -11,6 +11,7 @@ for weights in baseline tune; do
     --model examples/published_nets.py:mnist_convnet_oe \
     --checkpoint "\$EBM_GUARD_DATA/mnist_convnet_oe_$weights.safetensors" \
     --data 'npz:$EBM_GUARD_DATA/mnist.npz#test' \
+    --fit-data 'npz:$EBM_GUARD_DATA/mnist.npz#train[:10000]' \
     --ood 'far_fashion=npz:$EBM_GUARD_DATA/fashion_mnist_test.npz' \
     "${compare[@]}" --seed 0 --no-images --quiet \
     --title "MNIST ConvNet, outlier exposure: $weights" \

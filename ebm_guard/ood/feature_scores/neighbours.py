@@ -100,8 +100,8 @@ class KNN(NeighbourScore):
 
     Args:
         k: neighbours; 50 in the paper for CIFAR-10. At most half of the bank's rows per class are
-            used (``k_used`` in :meth:`settings`): with more, the k-th neighbour of a familiar row is
-            of another class, and the score turns round.
+            used (``k_used`` in :meth:`settings`): with more, the k-th neighbour of a familiar row
+            is of another class, and the score turns round.
         bank_size: most rows in the bank; memory is ``bank_size`` x D x 4 bytes.
         seed: of the draw.
 
