@@ -58,7 +58,7 @@ def test_lite0_says_what_is_special_about_it():
     assert "underconfident" in text
     assert report["energy"]["ranking"]["energy_rank"] == 4
     assert "is better by" in text
-    assert "scores on features: not run: 1 image per class" in text
+    assert "| vim | not run: 1 image per class" in text
 
 
 def test_the_index_names_every_report():

@@ -1,0 +1,76 @@
+"""The table of methods: what exists, from which paper, and where its code lives.
+
+It imports no torch, so that ``ebm-guard list`` and every ``--help`` stay instant. Command-line
+choices, report columns and documentation tables render from it. Adding a method means its code
+and one row here.
+"""
+
+from __future__ import annotations
+
+from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.registry import calibration, gate, ood, scores
+from ebm_guard.registry.method import Method
+
+FAMILIES = (
+    "score",
+    "feature_score",
+    "input_score",
+    "calibrator",
+    "conformal",
+    "selective",
+    "threshold",
+    "calibration_metric",
+    "ood_metric",
+    "gate",
+    "drift",
+    "outlier",
+)
+
+_METHODS = tuple(
+    sorted(
+        (*scores.METHODS, *calibration.METHODS, *gate.METHODS, *ood.METHODS),
+        key=lambda method: FAMILIES.index(method.family),
+    )
+)
+
+
+def methods(family: str | None = None) -> tuple[Method, ...]:
+    """Return the registered methods, all or of one family, in their documented order.
+
+    Raises:
+        InvalidInputError: the family is not one of ``FAMILIES``.
+
+    Example:
+        >>> [method.name for method in methods("score")]
+        ['energy', 'msp', 'maxlogit', 'gen']
+    """
+    if family is None:
+        return _METHODS
+    if family not in FAMILIES:
+        raise InvalidInputError(
+            f"got family {family!r}; known families are {', '.join(FAMILIES)}"
+            f"{suggest(family, FAMILIES)}"
+        )
+    return tuple(method for method in _METHODS if method.family == family)
+
+
+def get(family: str, name: str) -> Method:
+    """Return one method.
+
+    Raises:
+        InvalidInputError: no such family or name; near names are suggested.
+
+    Example:
+        >>> get("score", "energy").needs
+        ('logits',)
+    """
+    rows = {method.name: method for method in methods(family)}
+    if name not in rows:
+        raise InvalidInputError(
+            f"got {family} {name!r}; known are {', '.join(rows)}{suggest(name, rows)}; "
+            "`ebm-guard list` shows them all"
+        )
+    return rows[name]
+
+
+__all__ = ["FAMILIES", "Method", "get", "methods"]

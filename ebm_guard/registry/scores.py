@@ -1,0 +1,128 @@
+"""Scores: of the logits, of the features, of the input."""
+
+from __future__ import annotations
+
+from ebm_guard.registry.method import Method
+
+_SCORES = "ebm_guard.ood.logit_scores"
+_FEATURES = "ebm_guard.ood.feature_scores"
+
+METHODS = (
+    Method(
+        "energy",
+        "score",
+        f"{_SCORES}:Energy",
+        "Liu et al., Energy-based Out-of-distribution Detection, NeurIPS 2020",
+        "E(x) = -T logsumexp(f(x)/T)",
+        ("logits",),
+        "the paper scores with -E; here the score is E itself, higher = more OOD",
+        default=True,
+    ),
+    Method(
+        "msp",
+        "score",
+        f"{_SCORES}:MSP",
+        "Hendrycks and Gimpel, A Baseline for Detecting Misclassified and OOD Examples, ICLR 2017",
+        "s(x) = logsumexp_{k != y} f_k - f_y with y = argmax f",
+        ("logits",),
+        "log-odds of the maximum softmax probability: the same order, without the ties at 1.0",
+    ),
+    Method(
+        "maxlogit",
+        "score",
+        f"{_SCORES}:MaxLogit",
+        "Hendrycks et al., Scaling OOD Detection for Real-World Settings, ICML 2022",
+        "s(x) = -max_k f_k",
+        ("logits",),
+    ),
+    Method(
+        "gen",
+        "score",
+        f"{_SCORES}:GEN",
+        "Liu et al., GEN: Pushing the Limits of Softmax-Based OOD Detection, CVPR 2023",
+        "s(x) = log sum_{k in top M} p_k^g (1 - p_k)^g, g = 0.1, M = 100",
+        ("logits",),
+        "computed and stored as a logarithm: clamped probabilities tie on confident networks",
+    ),
+    Method(
+        "energy_react",
+        "feature_score",
+        f"{_FEATURES}.activations:EnergyReAct",
+        "Sun et al., ReAct: OOD Detection With Rectified Activations, NeurIPS 2021",
+        "s(x) = -logsumexp(W min(h, c) + b), c = the 90th percentile of ID features",
+        ("features", "head"),
+        "pooled features; refused where features go negative",
+    ),
+    Method(
+        "energy_scale",
+        "feature_score",
+        f"{_FEATURES}.activations:EnergyScale",
+        "Xu et al., Scaling for Training Time and Post-hoc OOD Detection Enhancement, ICLR 2024",
+        "s(x) = -logsumexp(W (e^r h) + b), r = sum of h / sum of its top 15 %",
+        ("features", "head"),
+        "pooled features; refused where features go negative; r is held in its bounds",
+    ),
+    Method(
+        "vim",
+        "feature_score",
+        f"{_FEATURES}.vim:ViM",
+        "Wang et al., ViM: Out-Of-Distribution with Virtual-logit Matching, CVPR 2022",
+        "s(x) = a ||(h - u) R|| - logsumexp f, R = the smallest principal directions",
+        ("logits", "features", "head"),
+        "float64 eigenvectors, dimension capped at D/2, refused where the residual is rounding",
+    ),
+    Method(
+        "mahalanobis",
+        "feature_score",
+        f"{_FEATURES}.mahalanobis:Mahalanobis",
+        "Lee et al., NeurIPS 2018; Ren et al., 2021 (relative); Mahalanobis++, ICML 2025",
+        "s(x) = min_c (h - m_c)' S^-1 (h - m_c), h scaled to length 1",
+        ("features", "labels"),
+        "float64, a named shrinkage estimator, never negative, right at N < D",
+    ),
+    Method(
+        "knn",
+        "feature_score",
+        f"{_FEATURES}.neighbours:KNN",
+        "Sun et al., OOD Detection with Deep Nearest Neighbors, ICML 2022",
+        "s(x) = distance to the k-th nearest ID row, features of length 1",
+        ("features",),
+        "a bounded class-balanced bank, the same in any order and any shards",
+    ),
+    Method(
+        "fdbd",
+        "feature_score",
+        f"{_FEATURES}.fdbd:FDBD",
+        "Liu and Qin, Fast Decision Boundary based OOD Detector, ICML 2024",
+        "s(x) = -mean_{c != y} (f_y - f_c) / ||w_y - w_c|| / ||h - m||",
+        ("logits", "features", "head"),
+        "no (C, C, D) tensor; the paper's score is high for ID",
+    ),
+    Method(
+        "nnguide",
+        "feature_score",
+        f"{_FEATURES}.neighbours:NNGuide",
+        "Park et al., Nearest Neighbor Guidance for OOD Detection, ICCV 2023",
+        "s(x) = -L(x) mean of the k largest cos(h, h_i) L(x_i), L = logsumexp f",
+        ("logits", "features"),
+        "a bounded class-balanced bank; the paper's score is high for ID",
+    ),
+    Method(
+        "combine",
+        "feature_score",
+        "ebm_guard.ood.combination:Combined",
+        "-",
+        "s(x) = mean_j F_j(s_j(x)), F_j = ranks among the fit rows, log tails beyond them",
+        ("what its scores need",),
+        "a combination is a score like any other: the gate's promise holds for it",
+    ),
+    Method(
+        "approximate_mass",
+        "input_score",
+        "ebm_guard.ood.gradient_scores:approximate_mass",
+        "Grathwohl et al., Your Classifier is Secretly an EBM, ICLR 2020, section 5.3.3",
+        "s(x) = ||dE(x)/dx||",
+        ("inputs", "a backward pass"),
+        "the paper's score is the negative; off by default",
+    ),
+)
