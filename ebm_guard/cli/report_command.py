@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,10 @@ from ebm_guard.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ebm_guard.cli.session import Session
+    from ebm_guard.predictions import Predictions
     from ebm_guard.report import Report
 
 
@@ -79,16 +83,10 @@ def command(
     synthetic: bool | None,
     guard_path: str | None,
     save_predictions: str | None,
-    metrics: str,
     no_images: bool,
-    title: str,
     output: str,
-    calibrator: str,
-    score: str,
-    threshold: str,
-    false_reject_rate: float,
-    assurance: float,
     as_json: bool,
+    **settings: Any,
 ) -> int:
     r"""Write report.json, report.html, report.md and figures; fail when a requirement fails.
 
@@ -97,48 +95,27 @@ def command(
     ebm-guard report --data logits:val.npz --ood far=logits:other.npz -o out    # no model at hand
     """
     from ebm_guard.cli.session import Session, named_specs, warnings_as_lines
-    from ebm_guard.cli.synthetic import synthetic_outliers
-    from ebm_guard.errors import InvalidInputError
     from ebm_guard.files import check_writable
     from ebm_guard.report import Settings, build_report
     from ebm_guard.report.comparison import Baseline
 
     requirements = _requirements(checks)
-    chosen = [name for name in _FITTED_NAMES if _was_given(name)]
-    if guard_path is not None and chosen:
-        raise InvalidInputError(
-            f"got --guard and --{chosen[0].replace('_', '-')}; a given guard keeps the gate "
-            "and the calibrator it was fitted with, leave one out"
-        )
-    if guard_path is not None and calibration_data is not None:
-        raise InvalidInputError(
-            "got --guard and --calibration-data; a given guard is not refitted, leave one out"
-        )
+    if guard_path is not None:
+        _refuse_refit(calibration_data)
     for target in filter(None, (output, save_predictions, checks.junit, checks.model_card)):
         check_writable(target)
     _check_files(checks, Path(output))
     older = None if checks.baseline is None else Baseline.read(checks.baseline)
     ood_specs = named_specs(ood)
-    specs = [data, *filter(None, (calibration_data, fit_data)), *ood_specs.values()]
+    roles = {"evaluation": data, "calibration": calibration_data, "fit": fit_data}
+    specs = [*filter(None, roles.values()), *ood_specs.values()]
     clock = time.perf_counter()
     with warnings_as_lines():
         session = Session(options, specs, guard_path)
-        roles = {"evaluation": data, "calibration": calibration_data, "fit": fit_data}
-        parts = {
-            name: session.predictions(spec, name, name, features=True)
-            for name, spec in roles.items()
-            if spec is not None
-        }
-        foreign = {
-            name: session.predictions(spec, "ood", name, features=True)
-            for name, spec in ood_specs.items()
-        }
-        if synthetic or (synthetic is None and not ood_specs):
-            foreign |= synthetic_outliers(session, required=bool(synthetic))
-        parts |= foreign
+        parts = _predicted(session, roles, ood_specs, synthetic=synthetic)
         report = build_report(
             parts["evaluation"],
-            ood=foreign,
+            ood={name: part for name, part in parts.items() if name not in roles},
             calibration=parts.get("calibration"),
             fit=parts.get("fit"),
             guard=session.guard,
@@ -147,16 +124,10 @@ def command(
             requirements=requirements,
             settings=Settings(
                 clock=clock,
-                score=score,
-                calibrator=calibrator,
-                metrics=metrics,
-                threshold=threshold,
-                false_reject_rate=false_reject_rate,
-                assurance=assurance,
                 seed=options.seed,
-                title=title,
                 command=shlex.join(["ebm-guard", *sys.argv[1:]]),
                 images=not no_images,
+                **settings,
             ),
             picture=lambda name, row: session.picture(name, parts[name].names([row])[0]),
         )
@@ -165,6 +136,46 @@ def command(
             part.save(Path(save_predictions) / name)
     show_report(report, Path(output), as_json=as_json)
     return _concluded(report, checks)
+
+
+def _refuse_refit(calibration_data: str | None) -> None:
+    """Refuse options that would fit anew what a given guard holds."""
+    from ebm_guard.errors import InvalidInputError
+
+    chosen = [name for name in _FITTED_NAMES if _was_given(name)]
+    if chosen:
+        raise InvalidInputError(
+            f"got --guard and --{chosen[0].replace('_', '-')}; a given guard keeps the gate and "
+            "the calibrator it was fitted with, leave one out"
+        )
+    if calibration_data is not None:
+        raise InvalidInputError(
+            "got --guard and --calibration-data; a given guard is not refitted, leave one out"
+        )
+
+
+def _predicted(
+    session: Session,
+    roles: Mapping[str, str | None],
+    ood_specs: Mapping[str, str],
+    *,
+    synthetic: bool | None,
+) -> dict[str, Predictions]:
+    """Run or open every set; outliers are made where asked for, or where no OOD set is given."""
+    from ebm_guard.cli.synthetic import synthetic_outliers
+
+    parts = {
+        name: session.predictions(spec, name, name, features=True)
+        for name, spec in roles.items()
+        if spec is not None
+    }
+    parts |= {
+        name: session.predictions(spec, "ood", name, features=True)
+        for name, spec in ood_specs.items()
+    }
+    if synthetic or (synthetic is None and not ood_specs):
+        parts |= synthetic_outliers(session, required=bool(synthetic))
+    return parts
 
 
 def _requirements(checks: CheckOptions) -> list[str]:

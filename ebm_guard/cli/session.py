@@ -31,6 +31,7 @@ from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier, Preprocessing
 from ebm_guard.model.loading import load_model
 from ebm_guard.predictions import Predictions, predict, stored_predictions
+from ebm_guard.report.checks import RESERVED
 
 _PROBE_ROWS = 8
 _NO_MODEL = (
@@ -332,7 +333,7 @@ def named_specs(pairs: tuple[str, ...]) -> dict[str, str]:
     """Parse ``--ood NAME=SPEC`` options.
 
     Raises:
-        InvalidInputError: no ``=``, or a name twice.
+        InvalidInputError: no ``=``, a name twice, or the name of another role.
     """
     specs: dict[str, str] = {}
     for pair in pairs:
@@ -341,6 +342,10 @@ def named_specs(pairs: tuple[str, ...]) -> dict[str, str]:
             raise InvalidInputError(f"got --ood {pair!r}; needed NAME=SPEC")
         if name in specs:
             raise InvalidInputError(f"got --ood {name!r} twice; names must differ")
+        if name in RESERVED:
+            raise InvalidInputError(
+                f"got --ood {name!r}; {', '.join(RESERVED)} are names of other sets, take another"
+            )
         specs[name] = spec
     return specs
 

@@ -80,6 +80,8 @@ def _outliers(session: Session, base: ImageSource) -> dict[str, Predictions]:
     found = {}
     for kind in GUARD_KINDS:
         name = f"synthetic_{kind}"
+        if name in session.sources:
+            raise InvalidInputError(f"got --ood {name!r} and --synthetic; take another name")
         source = OutlierSource(base, kind, session.options.seed)
         session.sources[name] = source
         part = session.run(source, source.spec, features=True)

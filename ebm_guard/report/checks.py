@@ -14,7 +14,7 @@ from ebm_guard.predictions import Predictions
 from ebm_guard.report.crossfit import Fitted
 from ebm_guard.report.record import Warned
 
-_RESERVED = ("evaluation", "calibration", "fit")
+RESERVED = ("evaluation", "calibration", "fit")
 _SMALL = 2000
 _PER_CLASS = 5
 
@@ -50,10 +50,10 @@ def check_sets(
             message = f"{name} was limited to {len(part)} rows: these are not the full figures"
             warned.append(Warned("limited", message))
     for name in ood:
-        if name in _RESERVED or not name.replace("_", "").replace("-", "").isalnum():
+        if name in RESERVED or not name.replace("_", "").replace("-", "").isalnum():
             raise InvalidInputError(
                 f"got OOD set name {name!r}; needed letters, digits, _ and -, and none of "
-                f"{', '.join(_RESERVED)}"
+                f"{', '.join(RESERVED)}"
             )
     for name, part in others.items():
         warned += _overlap(evaluation, part, ("evaluation", name))
