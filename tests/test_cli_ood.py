@@ -139,3 +139,18 @@ def test_recalibrate_keeps_the_history_and_shadow_compares(tmp_path):
     assert (found["only_old"], found["only_new"]) == (old_only, new_only)
     text, _ = invoke("shadow", guard, new, "--data", "demo:near_ood", "-q")
     assert found["sentence"] in text
+
+
+def test_names_of_other_sets_are_refused(tmp_path):
+    for name in ("evaluation", "fit"):
+        _, error = invoke(
+            "report", "--data", "demo:", "--ood", f"{name}=demo:near_ood", "-o", tmp_path / "x",
+            code=2,
+        )  # fmt: skip
+        assert "names of other sets" in error
+    _, error = invoke(
+        "report", "--data", "demo:", "--limit", 60, "--ood", "synthetic_rotation=demo:near_ood",
+        "--synthetic", "-q", "-o", tmp_path / "x", code=2,
+    )  # fmt: skip
+    assert "--synthetic" in error
+    assert not (tmp_path / "x").exists()
