@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from test_cli import invoke, report_of
+from test_cli import invoke_as_it_is as invoke
+from test_cli import report_of
 
 
 @pytest.fixture(scope="module")

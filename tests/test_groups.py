@@ -11,6 +11,7 @@ from ebm_guard.predictions import Predictions
 from ebm_guard.report import Settings, build_report
 from ebm_guard.report.crossfit import fit_protocol
 from ebm_guard.report.groups_section import groups_section
+from ebm_guard.report.score_table import score_table
 
 
 def grouped(n=2000, bad_share=0.3, labelled=True):
@@ -59,7 +60,8 @@ def test_equal_groups_are_flagged_no_more_often_than_promised():
         shuffled = Predictions(
             part.logits, labels=part.labels, groups=generator.integers(0, 8, len(part))
         )
-        fitted = fit_protocol(shuffled, None, None, make_score("energy"), Settings())
+        energy = score_table(shuffled, {}, None, make_score("energy"), 0).columns["energy"]
+        fitted = fit_protocol(shuffled, None, None, energy, Settings())
         found = groups_section(shuffled, fitted, 0)
         flagged += any("accuracy" in group.flagged for group in found.groups)
     assert stats.binomtest(flagged, trials, 0.05, alternative="greater").pvalue > 1e-3

@@ -447,7 +447,7 @@ def test_class_maps_that_are_none(pets, tmp_path):
 
 
 def report(tmp_path, *args):
-    code = run(["report", "-o", str(tmp_path / "out"), "-q", *args])
+    code = run(["report", "--no-synthetic", "-o", str(tmp_path / "out"), "-q", *args])
     file = tmp_path / "out" / "report.json"
     return code, json.loads(file.read_text()) if code == 0 else None
 

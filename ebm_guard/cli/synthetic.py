@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ebm_guard.cli.session import Session
 from ebm_guard.data import ImageSource
 from ebm_guard.data.outliers import GUARD_KINDS, OutlierSource
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.predictions import Predictions
 
 # Five kinds of this many tell the scores apart, and cost less than most evaluation sets.
@@ -83,8 +83,15 @@ def _outliers(session: Session, base: ImageSource) -> dict[str, Predictions]:
         if name in session.sources:
             raise InvalidInputError(f"got --ood {name!r} and --synthetic; take another name")
         source = OutlierSource(base, kind, session.options.seed)
-        session.sources[name] = source
-        part = session.run(source, source.spec, features=True)
+        try:
+            part = session.run(source, source.spec, features=True)
+        except DataError as error:
+            # Images of one colour, say, look the same when they are turned round.
+            click.echo(f"warning: no outliers of this kind: {error}", err=True)
+            continue
         notes = {"class_match": "made from the evaluation images"}
+        session.sources[name] = source
         found[name] = replace(part, labels=None, notes=notes)
+    if not found:
+        raise InvalidInputError(f"no kind of outliers can be made of {base.spec}; give --ood sets")
     return found
