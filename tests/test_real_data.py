@@ -39,6 +39,7 @@ def float32_msp(inside, outside):
 # --- CIFAR-10, ResNet-20
 
 
+@pytest.mark.slow
 def test_resnet20_on_the_complete_test_set(resnet20):
     part = resnet20("test")
     assert len(part) == 10_000
