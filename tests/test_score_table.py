@@ -199,3 +199,26 @@ def test_contrasts_refuse_what_cannot_be_compared():
         },
         allow_nan=False,
     )
+
+
+def test_calibration_rows_that_stand_in_are_named_so(rows, foreign):
+    report = built(rows, ood={"far_x": foreign}, calibration=with_features(300, "calibration"))
+    told = [line for line in report["meta"]["protocol"] if "150 rows of the role" in line]
+    assert told
+    assert "role calibration" in told[0]
+
+
+def test_accuracy_is_that_of_the_prediction_that_is_deployed():
+    rng = oracles.generator("shifted classes")
+    labels = rng.integers(0, 3, 900)
+    # A constant in favour of class 0: vector scaling takes it off, and predictions change.
+    logits = rng.normal(size=(900, 3)) + 3 * np.eye(3)[labels] + np.array([2.0, 0, 0])
+    part = Predictions(logits, labels=labels, groups=np.zeros(900, np.int64))
+    report = built(part, settings=Settings(calibrator="vector"))
+    after = report["calibration"]["after"]["accuracy"]["value"]
+    gate = report["gate"]
+    assert after > report["calibration"]["before"]["accuracy"]["value"]
+    sides = [gate["accuracy_accepted"], gate["accuracy_rejected"]]
+    right = sum(side["value"] * side["n"] for side in sides if side)
+    assert right / 900 == pytest.approx(after)
+    assert report["groups"]["groups"][0]["accuracy"]["value"] == pytest.approx(after)

@@ -129,7 +129,8 @@ def build_report(
     warned = check_sets(evaluation, ood, calibration, fit, guard)
     score = guard.score if guard is not None else make_score(settings.score)
     detector, held = detector_rows(score, calibration, fit, settings.seed)
-    table = score_table(evaluation, ood, detector, score, settings.seed)
+    role = "fit" if fit is not None else "calibration"
+    table = score_table(evaluation, ood, detector, score, settings.seed, role)
     protocol = fit_protocol(evaluation, held, guard, table.columns[score.name], settings)
     rows = _rows(evaluation, ood, table.columns[score.name], protocol)
     energy = Energy().of(evaluation) if evaluation.kind == "logits" else None

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ebm_guard.calibration import Calibrator, RowStatistics
+from ebm_guard.calibration import Calibrator, RowStatistics, row_statistics
 from ebm_guard.data.splits import two_folds
 from ebm_guard.errors import EbmGuardWarning, TooFewRowsError
 from ebm_guard.gate import Guard, RiskRule, Threshold
@@ -88,6 +88,17 @@ class Fitted:
         """The threshold, where the gate's score is the energy that the histogram shows."""
         shown = self.score.name == "energy" and self.score.settings() == {"energy_temperature": 1.0}
         return self.cut if shown else None
+
+    def correct(self, evaluation: Predictions) -> NDArray[np.bool_] | None:
+        """Return which rows the deployed prediction gets right; None without labels.
+
+        A calibrator such as ``vector`` may change the predicted class, so these are its rows.
+        """
+        if self.after is not None:
+            return self.after.correct
+        if evaluation.labels is None:
+            return None
+        return row_statistics(evaluation.logits, evaluation.labels).correct
 
     @property
     def cut(self) -> float | None:

@@ -61,7 +61,9 @@ def gallery_section(
     sets = {"evaluation": evaluation, **ood}
     errors: list[tuple[str, int]] = []
     if evaluation.labels is not None:
-        rows = row_statistics(evaluation.logits, evaluation.labels)
+        changes = fitted.calibrator is not None and not fitted.calibrator.keeps_prediction
+        raw = row_statistics(evaluation.logits, evaluation.labels)
+        rows = fitted.after if changes and fitted.after is not None else raw
         wrong = np.flatnonzero(~rows.correct)
         order = wrong[np.argsort(-rows.confidence[wrong], kind="stable")]
         errors = [("evaluation", int(row)) for row in order[:_SHOWN]]
@@ -96,15 +98,19 @@ def _item(
     name, row = place
     part = sets[name]
     logits = part.logits[row : row + 1]
-    transform = None if fitted.calibrator is None else fitted.calibrator.transform
-    predicted = int(np.argmax(logits[0]))
-    statistics = row_statistics(logits, np.array([predicted]), transform=transform)
+    calibrator = fitted.calibrator
+    statistics = row_statistics(
+        logits,
+        np.zeros(1, dtype=np.int64),
+        transform=None if calibrator is None else calibrator.transform,
+        keeps_prediction=calibrator is None or calibrator.keeps_prediction,
+    )
     labels = part.labels if name == "evaluation" else None
     return Item(
         set=name,
         id=part.names([row])[0],
         label=None if labels is None else _class_name(sets["evaluation"], int(labels[row])),
-        predicted=_class_name(sets["evaluation"], predicted),
+        predicted=_class_name(sets["evaluation"], int(statistics.predicted[0])),
         confidence=float(statistics.confidence[0]),
         energy=float(values[name][row]),
         thumbnail=None if picture is None else _data_uri(picture(name, row)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ebm_guard.calibration import row_statistics
 from ebm_guard.intervals import Metric, proportion
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.crossfit import Fitted
@@ -29,7 +29,7 @@ def gate_section(
     accepted_ood = {
         name: proportion(int(accepts(part).sum()), len(part)) for name, part in ood.items()
     }
-    inside, outside = _accuracies(evaluation, accept)
+    inside, outside = _accuracies(fitted.correct(evaluation), accept)
     rule = fitted.risk_rule
     return GateSection(
         verdict=_verdict(
@@ -55,11 +55,10 @@ def gate_section(
 
 
 def _accuracies(
-    evaluation: Predictions, accept: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    correct: NDArray[np.bool_] | None, accept: NDArray[np.bool_]
 ) -> tuple[Metric | None, Metric | None]:
-    if evaluation.labels is None:
+    if correct is None:
         return None, None
-    correct = row_statistics(evaluation.logits, evaluation.labels).correct
     sides = []
     for side in (accept, ~accept):
         n = int(side.sum())

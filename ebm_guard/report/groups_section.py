@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ebm_guard.calibration import row_statistics
 from ebm_guard.calibration.metrics import ece, overconfidence
 from ebm_guard.intervals import LEVEL, Metric, proportion, wilson
 from ebm_guard.predictions import Predictions
@@ -63,9 +62,7 @@ def groups_section(evaluation: Predictions, fitted: Fitted, seed: int) -> Groups
         )
     values = np.asarray(evaluation.groups)
     names, where = np.unique(values, return_inverse=True)
-    correct = None
-    if evaluation.labels is not None:
-        correct = row_statistics(evaluation.logits, evaluation.labels).correct
+    correct = fitted.correct(evaluation)
     found = [
         _group(str(name), where == index, len(names), correct, fitted, seed)
         for index, name in enumerate(names)

@@ -103,6 +103,7 @@ def score_table(
     fit: Predictions | None,
     gate: Score,
     seed: int,
+    role: str = "fit",
 ) -> ScoreTable:
     """Score every set by every registered score.
 
@@ -116,6 +117,7 @@ def score_table(
         fit: ID rows for the detectors' statistics, or None.
         gate: the gate's score, fitted already where it needs that.
         seed: of the folds and of the deal.
+        role: of the ``fit`` rows: ``calibration`` where half of those rows stand in.
 
     Returns:
         The table; a score that cannot run has its reason.
@@ -132,7 +134,7 @@ def score_table(
     if gate.name not in columns:
         columns[gate.name] = _direct(gate, sets)
     fitted = any(item.score is not None and item.score.needs_fit for item in columns.values())
-    return ScoreTable(columns, [_where(fit, seed)] if fitted else [])
+    return ScoreTable(columns, [_where(fit, seed, role)] if fitted else [])
 
 
 def is_ready(score: Score) -> bool:
@@ -140,10 +142,11 @@ def is_ready(score: Score) -> bool:
     return not score.needs_fit or score.settings().get("fit") is not None
 
 
-def _where(fit: Predictions | None, seed: int) -> str:
+def _where(fit: Predictions | None, seed: int, role: str) -> str:
     if fit is not None:
         return (
-            f"The statistics of the feature scores are fitted on {len(fit):,} rows of the role fit."
+            f"The statistics of the feature scores are fitted on {len(fit):,} rows of the role "
+            f"{role}."
         )
     return (
         "No fit data was given, so feature scores are cross-fitted as well: their statistics come "
