@@ -22,9 +22,12 @@ FLOORS = {
     "predictions": 3,
     "calibration": 4,
     "ood": 4,
+    "attacks": 4,
     "gate": 5,
-    "report": 6,
-    "cli": 7,
+    # Robustness is measured with the gate in the loop.
+    "robustness": 6,
+    "report": 7,
+    "cli": 8,
 }
 HEAVY = ("torch", "timm", "sklearn", "scipy", "matplotlib")
 BASE = {name for name, floor in FLOORS.items() if floor == 0}
