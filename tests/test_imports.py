@@ -257,7 +257,7 @@ def test_help_of_every_command_loads_no_torch():
     """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[] 8"
+    assert done.stdout.splitlines()[-1] == "[] 9"
 
 
 def test_a_saved_guard_runs_without_timm_and_torchvision(tmp_path):

@@ -1,12 +1,16 @@
 """Attacks on a classifier in pixel space, one engine under all of them."""
 
+from ebm_guard.attacks.apgd import APGD
 from ebm_guard.attacks.engine import Goal, Query, StepRule, climb
 from ebm_guard.attacks.goals import Misclassify, TargetedMisclassify
 from ebm_guard.attacks.gradient import FGSM, PGD
 from ebm_guard.attacks.isolation import pixel_forward, untouched
+from ebm_guard.attacks.minimal import minimal_distance
 from ebm_guard.attacks.rows import Examples, Outcome
+from ebm_guard.attacks.square import Square
 
 __all__ = [
+    "APGD",
     "FGSM",
     "PGD",
     "Examples",
@@ -14,9 +18,11 @@ __all__ = [
     "Misclassify",
     "Outcome",
     "Query",
+    "Square",
     "StepRule",
     "TargetedMisclassify",
     "climb",
+    "minimal_distance",
     "pixel_forward",
     "untouched",
 ]

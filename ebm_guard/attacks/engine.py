@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard.attacks.isolation import Forward
-from ebm_guard.attacks.rows import Answer, Examples, Outcome, State, joined
+from ebm_guard.attacks.rows import Answer, Examples, Outcome, State, joined, usable
 from ebm_guard.errors import InvalidInputError
 from ebm_guard.model.classifier import ClassifierOutput
 
@@ -107,7 +108,7 @@ class Query:
     def forwards_per_answer(self) -> tuple[int, int]:
         """Forward passes per image of an answer without and with a gradient."""
         draws = self.success_draws if self.success_draws > 1 else 0
-        return max(1, draws), self.eot_samples + draws
+        return 1 + draws, self.eot_samples + draws
 
     def answer(self, pixels: Tensor, examples: Examples, *, gradient: bool) -> Answer:
         """Ask about images (B, C, H, W); with the gradient of the objective where wanted."""
@@ -130,7 +131,7 @@ class Query:
             with torch.inference_mode(mode=False), torch.enable_grad():
                 leaf = pixels.detach().clone().requires_grad_()
                 output = self.forward(leaf)
-                objective, gradient = self.goal.gradient(output, leaf, examples)
+                objective, gradient = self.goal.gradient(output, leaf, usable(examples))
             objectives.append(objective.detach())
             gradients.append(gradient.detach())
             first = first or _detached(output)
@@ -256,12 +257,25 @@ def climb(
     found = []
     for first in range(0, len(examples), held):
         rows = slice(first, first + held)
-        part = query.goal.prepare(query.forward, examples.select(rows))
+        part, asked = _prepared(query, examples.select(rows))
         begin = None if start is None else start[rows]
         state = rule.begin(part, epsilon, begin, seed)
         watch = None if observe is None else _shifted(observe, first)
-        found.append(_climb(rule, query, part, epsilon, state, until, watch))
+        outcome = _climb(rule, query, part, epsilon, state, until, watch)
+        found.append(replace(outcome, forwards=outcome.forwards + asked))
     return Outcome.concatenate(found)
+
+
+def _prepared(query: Query, examples: Examples) -> tuple[Examples, int]:
+    """Prepare the goal; also return the forward passes that each image took."""
+    asked = 0
+
+    def counted(pixels: Tensor) -> ClassifierOutput:
+        nonlocal asked
+        asked += len(pixels)
+        return query.forward(pixels)
+
+    return query.goal.prepare(counted, examples), asked // len(examples)
 
 
 def _climb(

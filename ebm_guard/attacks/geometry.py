@@ -77,7 +77,7 @@ class L2(Ball):
 
     def distance(self, pixels: Tensor, centre: Tensor) -> Tensor:
         """Compute the Euclidean distance, (B,)."""
-        return torch.linalg.vector_norm((pixels - centre).flatten(1), dim=1)
+        return _lengths(pixels - centre)
 
     def project(self, pixels: Tensor, centre: Tensor, epsilon: float | Tensor) -> Tensor:
         """Shorten each change to epsilon, then clip to [0, 1].
@@ -85,10 +85,14 @@ class L2(Ball):
         Clipping comes last: it moves every pixel towards x0, so the radius still holds.
         """
         change = pixels - centre
-        length = per_image(torch.linalg.vector_norm(change.flatten(1), dim=1), centre)
-        radius = per_image(epsilon, centre)
+        length = per_image(_lengths(change), centre)
+        # A millionth less: the length itself is rounded.
+        radius = per_image(epsilon, centre) * (1 - 1e-6)
         shrunk = change * (radius / length.clamp(min=1e-12)).clamp(max=1)
-        return (centre + shrunk).clamp(0, 1)
+        found = centre + shrunk
+        # Rounding may add half a unit to each of 10^5 pixels: round towards x0 instead.
+        beyond = (found - centre).abs() > shrunk.abs()
+        return torch.where(beyond, torch.nextafter(found, centre), found).clamp(0, 1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return g / ||g||_2.
@@ -97,7 +101,7 @@ class L2(Ball):
         """
         largest = per_image(gradient.abs().flatten(1).amax(dim=1), gradient)
         scaled = gradient / largest.where(largest > 0, 1.0)
-        length = per_image(torch.linalg.vector_norm(scaled.flatten(1), dim=1), gradient)
+        length = per_image(_lengths(scaled), gradient)
         return scaled / length.where(length > 0, 1.0)
 
     def random(
@@ -140,6 +144,11 @@ def per_image(values: float | Tensor, like: Tensor) -> Tensor:
     """Shape one value for each image (B,), or one for all, to multiply (B, C, H, W)."""
     found = torch.as_tensor(values, dtype=like.dtype, device=like.device)
     return found.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _lengths(changes: Tensor) -> Tensor:
+    # Not vector_norm: on a CPU its float32 sum is off by 1e-4 for images of 224 pixels.
+    return changes.flatten(1).square().sum(dim=1).sqrt()
 
 
 def _stacked(rows: list[np.ndarray], like: Tensor) -> Tensor:

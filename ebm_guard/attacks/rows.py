@@ -58,12 +58,9 @@ class Examples:
             raise InvalidInputError(
                 f"got pixels in [{low:.4g}, {high:.4g}]; needed [0, 1]. {_guess(low, high)}"
             )
-        if labels.shape != (len(pixels),) or labels.dtype != torch.int64:
-            raise InvalidInputError(
-                f"got labels {tuple(labels.shape)} {labels.dtype} for {len(pixels)} images; "
-                "needed (N,) int64, one class for each image"
-            )
         ids = torch.arange(len(pixels)) if ids is None else ids
+        for name, values in (("labels", labels), ("ids", ids)):
+            _check_numbers(name, values, len(pixels))
         return cls(pixels.detach().float(), labels, ids)
 
     def __len__(self) -> int:
@@ -121,10 +118,23 @@ class Outcome:
         """Return these rows."""
         return selected(self, rows)
 
+    def with_rows(self, rows: Tensor, found: Outcome) -> Outcome:
+        """Return this outcome with some rows attacked once more; costs add up."""
+        parts: dict[str, Tensor] = {}
+        for item in fields(self):
+            own, new = getattr(self, item.name).clone(), getattr(found, item.name)
+            where = rows.to(own.device)
+            own[where] = own[where] + new if item.name in _COSTS else new
+            parts[item.name] = own
+        return Outcome(**parts)
+
     @staticmethod
     def concatenate(parts: Sequence[Outcome]) -> Outcome:
         """Join the outcomes of several groups of rows."""
         return joined(parts)
+
+
+_COSTS = ("gradients", "forwards", "zero_gradients")
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,28 @@ def joined(parts: Sequence[R]) -> R:
         first,
         **{name: torch.cat(rows) for name, rows in values.items() if isinstance(rows[0], Tensor)},
     )
+
+
+def usable(record: R) -> R:
+    """Clone tensors made under ``torch.inference_mode()``, which autograd refuses to save."""
+    values = {item.name: getattr(record, item.name) for item in fields(record)}
+    return replace(
+        record,
+        **{
+            name: value.clone()
+            for name, value in values.items()
+            if isinstance(value, Tensor) and value.is_inference()
+        },
+    )
+
+
+def _check_numbers(name: str, values: Any, n: int) -> None:
+    shape, dtype = tuple(getattr(values, "shape", ())), getattr(values, "dtype", None)
+    if not isinstance(values, Tensor) or shape != (n,) or dtype != torch.int64 or values.min() < 0:
+        raise InvalidInputError(
+            f"got {name} {type(values).__name__} {shape} {dtype} for {n} images; needed a tensor "
+            "(N,) int64 >= 0, one number for each image"
+        )
 
 
 def _guess(low: float, high: float) -> str:

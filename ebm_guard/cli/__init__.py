@@ -14,7 +14,7 @@ import click
 
 from ebm_guard.errors import EbmGuardError
 
-COMMANDS = ("demo", "report", "fit", "predict", "recalibrate", "shadow", "list", "info")
+COMMANDS = ("demo", "report", "attack", "fit", "predict", "recalibrate", "shadow", "list", "info")
 _INTERRUPTED = 130
 
 

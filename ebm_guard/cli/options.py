@@ -230,12 +230,12 @@ _CHECK_OPTIONS = (
 
 def model_options(command: Command) -> Command:
     """Add the options of :class:`ModelOptions`; the command gets them as ``options``."""
-    return _grouped(command, "options", ModelOptions, _MODEL_OPTIONS)
+    return grouped(command, "options", ModelOptions, _MODEL_OPTIONS)
 
 
 def check_options(command: Command) -> Command:
     """Add the options of :class:`CheckOptions`; the command gets them as ``checks``."""
-    return _grouped(command, "checks", CheckOptions, _CHECK_OPTIONS)
+    return grouped(command, "checks", CheckOptions, _CHECK_OPTIONS)
 
 
 def gate_options(command: Command) -> Command:
@@ -265,12 +265,14 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")(command)
 
 
-def _grouped(
+def grouped(
     command: Command,
     name: str,
-    record: type[ModelOptions | CheckOptions],
+    record: type[Any],
     options: tuple[Callable[[Command], Command], ...],
 ) -> Command:
+    """Add options that the command gets as one record of this name."""
+
     def wrapped(**values: Any) -> Any:
         own = {item.name: values.pop(item.name) for item in fields(record)}
         return command(**{name: record(**own)}, **values)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ebm_guard.cli.attack_options import AttackChoices, attack_options
 from ebm_guard.cli.options import (
     SPEC_HELP,
     CheckOptions,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ebm_guard.cli.session import Session
     from ebm_guard.predictions import Predictions
     from ebm_guard.report import Report
+    from ebm_guard.robustness import Robustness
 
 
 _FITTED_NAMES = ("score", "threshold", "false_reject_rate", "assurance", "calibrator")
@@ -68,6 +70,7 @@ _FITTED_NAMES = ("score", "threshold", "false_reject_rate", "assurance", "calibr
 @click.option("--no-images", is_flag=True, help="No thumbnails in the report.")
 @click.option("--title", default="Reliability report", show_default=True, help="Heading.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Where the report goes.")
+@attack_options
 @check_options
 @calibrator_option
 @gate_options
@@ -76,6 +79,7 @@ _FITTED_NAMES = ("score", "threshold", "false_reject_rate", "assurance", "calibr
 def command(
     options: ModelOptions,
     checks: CheckOptions,
+    attack_choices: AttackChoices,
     data: str,
     calibration_data: str | None,
     fit_data: str | None,
@@ -94,14 +98,16 @@ def command(
     ebm-guard report --model resnet50.tv_in1k --pretrained --data val/ --ood textures=dtd/ -o out
     ebm-guard report --data logits:val.npz --ood far=logits:other.npz -o out    # no model at hand
     """
+    from ebm_guard.cli.attack_options import check_attack_choices, forget_state
     from ebm_guard.cli.session import Session, named_specs, warnings_as_lines
     from ebm_guard.files import check_writable
     from ebm_guard.report import Settings, build_report
     from ebm_guard.report.comparison import Baseline
 
     requirements = _requirements(checks)
+    check_attack_choices(attack_choices)
     if guard_path is not None:
-        _refuse_refit(calibration_data)
+        refuse_refit(calibration_data)
     for target in filter(None, (output, save_predictions, checks.junit, checks.model_card)):
         check_writable(target)
     _check_files(checks, Path(output))
@@ -113,6 +119,7 @@ def command(
     with warnings_as_lines():
         session = Session(options, specs, guard_path)
         parts = _predicted(session, roles, ood_specs, synthetic=synthetic)
+        robustness = _attacked(session, parts, attack_choices, Path(output), settings)
         report = build_report(
             parts["evaluation"],
             ood={name: part for name, part in parts.items() if name not in roles},
@@ -121,6 +128,7 @@ def command(
             guard=session.guard,
             classifier=session.classifier,
             baseline=older,
+            robustness=robustness,
             requirements=requirements,
             settings=Settings(
                 clock=clock,
@@ -135,10 +143,28 @@ def command(
         for name, part in parts.items():
             part.save(Path(save_predictions) / name)
     show_report(report, Path(output), as_json=as_json)
+    if robustness is not None:
+        forget_state(Path(output))
     return _concluded(report, checks)
 
 
-def _refuse_refit(calibration_data: str | None) -> None:
+def _attacked(
+    session: Session,
+    parts: Mapping[str, Predictions],
+    choices: AttackChoices,
+    output: Path,
+    settings: Mapping[str, Any],
+) -> Robustness | None:
+    """Run the attacks, where some were asked for."""
+    if choices.attacks is None:
+        return None
+    from ebm_guard.cli.attacking import GATE_SETTINGS, attack
+
+    gate = {name: settings[name] for name in GATE_SETTINGS}
+    return attack(session, parts, choices, output, gate)
+
+
+def refuse_refit(calibration_data: str | None) -> None:
     """Refuse options that would fit anew what a given guard holds."""
     from ebm_guard.errors import InvalidInputError
 

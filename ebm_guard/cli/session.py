@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TextIO
@@ -106,6 +106,11 @@ class Session:
         part = self.run(source, text, features=features)
         return self._described(part, source, role, name)
 
+    def labelled(self, source: ImageSource, name: str) -> Predictions:
+        """Return the predictions on a source, its labels numbered as the model's classes."""
+        part = self.run(source, source.spec, features=True)
+        return self._described(part, source, "evaluation", name)
+
     def run(self, source: ImageSource, text: str, *, features: bool) -> Predictions:
         """Run the model over a source; features only where they come with the same pass."""
         classifier = self.require_classifier()
@@ -178,6 +183,29 @@ class Session:
             return None
         rows = self._rows.setdefault(name, {key: row for row, key in enumerate(source.ids)})
         return source.load(rows[row_id])
+
+    def pixels(self, name: str, row_ids: Sequence[str]) -> torch.Tensor:
+        """Return images of an open source as [0, 1] pixels (N, C, H, W), at the model's input size.
+
+        Raises:
+            InvalidInputError: the source is a stream, or was stored without images.
+        """
+        source, preprocessing = self.sources.get(name), self.require_classifier().preprocessing
+        if source is None or isinstance(source, StreamSource) or preprocessing is None:
+            what = "stored predictions" if source is None else "a stream, which is read only once"
+            raise InvalidInputError(
+                f"attacks need the images of {name} again, and they are {what}; give a folder, a "
+                "list or an npz file"
+            )
+        rows = self._rows.setdefault(name, {key: row for row, key in enumerate(source.ids)})
+        chosen = source.subset(np.array([rows[key] for key in row_ids], dtype=np.int64))
+        channels = preprocessing.channels
+        plain = replace(preprocessing, mean=(0.0,) * channels, std=(1.0,) * channels)
+        read = batches(
+            chosen, plain, batch_size=self.options.batch_size, workers=self.options.workers
+        )
+        # Bicubic resizing overshoots by design.
+        return torch.cat([batch.inputs for batch in read]).clamp(0, 1)
 
     def require_classifier(self) -> EnergyClassifier:
         """Return the model.

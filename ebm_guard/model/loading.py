@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -117,21 +117,39 @@ def _read_state(path: Path) -> dict[str, Any]:
     return dict(loaded)
 
 
-def _from_factory(name: str) -> nn.Module:
+def import_callable(name: str, what: str = "model") -> Callable[..., Any]:
+    """Import ``module:attribute`` or ``file.py:attribute``.
+
+    Args:
+        name: where it lies; modules of the working folder are found.
+        what: word for messages.
+
+    Raises:
+        InvalidInputError: no such module, file or callable.
+
+    Example:
+        >>> import_callable("math:sqrt")(4)
+        2.0
+    """
     place, _, attribute = name.rpartition(":")
     module = _import_file(place) if place.endswith(".py") else _import_module(name, place)
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
+    found = getattr(module, attribute, None)
+    if not callable(found):
         known = [key for key in vars(module) if not key.startswith("_")]
         raise InvalidInputError(
-            f"got model {name!r}; {place} has no callable {attribute!r}{suggest(attribute, known)}"
+            f"got {what} {name!r}; {place} has no callable {attribute!r}{suggest(attribute, known)}"
         )
+    return cast("Callable[..., Any]", found)
+
+
+def _from_factory(name: str) -> nn.Module:
+    factory = import_callable(name)
     try:
         model = factory()
     except TypeError as error:
         raise InvalidInputError(
-            f"got model {name!r}; calling {attribute}() failed: {error}. A factory is called "
-            "without arguments and returns the model"
+            f"got model {name!r}; calling {name.rpartition(':')[2]}() failed: {error}. A factory "
+            "is called without arguments and returns the model"
         ) from error
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(

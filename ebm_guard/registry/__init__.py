@@ -8,7 +8,7 @@ and one row here.
 from __future__ import annotations
 
 from ebm_guard.errors import InvalidInputError, suggest
-from ebm_guard.registry import calibration, gate, ood, scores
+from ebm_guard.registry import attacks, calibration, corruptions, gate, ood, scores
 from ebm_guard.registry.method import Method
 
 FAMILIES = (
@@ -24,11 +24,21 @@ FAMILIES = (
     "gate",
     "drift",
     "outlier",
+    "attack",
+    "gate_attack",
+    "corruption",
 )
 
 _METHODS = tuple(
     sorted(
-        (*scores.METHODS, *calibration.METHODS, *gate.METHODS, *ood.METHODS),
+        (
+            *scores.METHODS,
+            *calibration.METHODS,
+            *gate.METHODS,
+            *ood.METHODS,
+            *attacks.METHODS,
+            *corruptions.METHODS,
+        ),
         key=lambda method: FAMILIES.index(method.family),
     )
 )

@@ -31,6 +31,7 @@ _AFTER = (
     "aurc",
     "e_aurc",
 )
+_ROBUSTNESS = ("robust_accuracy", "gated_accuracy", "corrupted_accuracy")
 _WORST = {"auroc": min, "fpr95": max, "fpr95_ood_positive": max}
 _SECTIONS = tuple(name for name in Report.__dataclass_fields__ if name != "rows")
 
@@ -92,7 +93,8 @@ def judge_bound(bound: Bound, report: Mapping[str, Any]) -> Requirement:
     Short forms: ``accuracy``, ``nll``, ``brier``, ``brier_top_label``, ``miscalibration``, ``ece``,
     ``ece_adaptive``, ``smooth_ece``, ``overconfidence``, ``aurc`` and ``e_aurc`` are the deployed
     calibrator's; ``auroc``, ``fpr95`` and ``fpr95_ood_positive`` are the gate's score on its worst
-    OOD set; ``coverage`` is the gate's.
+    OOD set; ``coverage`` is the gate's; ``robust_accuracy``, ``gated_accuracy`` and
+    ``corrupted_accuracy`` are those of the robustness section.
 
     Args:
         bound: the parsed bound.
@@ -187,7 +189,7 @@ def _holds(value: float, bound: Bound) -> bool:
 
 def _check_start(text: str, path: str) -> None:
     """Refuse a typo before the work, not after it."""
-    known = (*_SECTIONS, *_AFTER, *_WORST, "coverage")
+    known = (*_SECTIONS, *_AFTER, *_WORST, "coverage", *_ROBUSTNESS)
     start = path.split(".", maxsplit=1)[0]
     if start not in known:
         raise InvalidInputError(
@@ -205,6 +207,8 @@ def _find(
         path = f"calibration.after.{path}"
     elif path == "coverage":
         path = "gate.coverage"
+    elif path in _ROBUSTNESS:
+        path = f"robustness.{path}"
     elif path in _WORST:
         worst = _worst_set(path, report)
         if worst is None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import platform
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ebm_guard.calibration import row_statistics
 from ebm_guard.gate import Guard
-from ebm_guard.model import EnergyClassifier, Preprocessing
+from ebm_guard.model import EnergyClassifier
 from ebm_guard.ood import Energy, make_score
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.calibration_section import calibration_section
@@ -27,19 +24,26 @@ from ebm_guard.report.crossfit import Fitted, fit_protocol
 from ebm_guard.report.gallery import gallery_section
 from ebm_guard.report.gate_section import gate_section
 from ebm_guard.report.groups_section import groups_section
+from ebm_guard.report.meta import (
+    data_set,
+    environment_facts,
+    model_card,
+    preprocessing_facts,
+    run_facts,
+)
 from ebm_guard.report.ood_section import energy_section, ood_role, ood_section
 from ebm_guard.report.record import (
     DataSection,
-    DataSet,
     Meta,
-    ModelCard,
     NotRun,
     Report,
 )
 from ebm_guard.report.requirements import judge, parse_requirement
+from ebm_guard.report.robustness_section import robustness_section
 from ebm_guard.report.rows import ReportRows, SetRows
 from ebm_guard.report.score_table import ScoreColumn, detector_rows, score_table
 from ebm_guard.report.selective_section import selective_section
+from ebm_guard.robustness.records import Robustness
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def build_report(
     guard: Guard | None = None,
     classifier: EnergyClassifier | None = None,
     baseline: Baseline | None = None,
+    robustness: Robustness | None = None,
     requirements: Sequence[str] = (),
     settings: Settings | None = None,
     picture: Callable[[str, int], Image.Image | None] | None = None,
@@ -103,6 +108,7 @@ def build_report(
         guard: a fitted guard to evaluate without refitting.
         classifier: the wrapped model, for the model card.
         baseline: an older report to compare with, row by row.
+        robustness: what :func:`ebm_guard.evaluate_robustness` found.
         requirements: bounds such as ``ece<=0.05``.
         settings: see :class:`Settings`.
         picture: returns the image of (set name, row) for the gallery, or None.
@@ -138,10 +144,10 @@ def build_report(
     report = Report(
         meta=_meta(evaluation, guard, classifier, settings, protocol, table.sentences),
         data=DataSection(
-            evaluation=_data_set(evaluation, "evaluation"),
-            calibration=None if calibration is None else _data_set(calibration, "calibration"),
-            fit=None if fit is None else _data_set(fit, "fit"),
-            ood={name: _data_set(part, ood_role(name)) for name, part in ood.items()},
+            evaluation=data_set(evaluation, "evaluation"),
+            calibration=None if calibration is None else data_set(calibration, "calibration"),
+            fit=None if fit is None else data_set(fit, "fit"),
+            ood={name: data_set(part, ood_role(name)) for name, part in ood.items()},
         ),
         requirements=[],
         calibration=calibration_section(evaluation, ood, protocol, settings.seed, settings.metrics),
@@ -152,19 +158,14 @@ def build_report(
             protocol.after, evaluation.labels, energy, protocol.parts, seed=settings.seed
         ),
         groups=groups_section(evaluation, protocol, settings.seed),
-        robustness=NotRun("attacks and corruptions are not part of this version"),
+        robustness=robustness_section(robustness),
         finetune=NotRun("no fine-tuning was done"),
         comparison=comparison_section(rows, baseline, score.name, settings.seed),
         gallery=gallery_section(evaluation, ood, protocol, picture if settings.images else None),
         warnings=warned,
     )
     report = replace(report, requirements=judge(bounds, report.to_dict()) if bounds else [])
-    run = {
-        "started": started.isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "wall_seconds": round(time.perf_counter() - (settings.clock or clock), 3),
-        "peak_memory_mb": _peak_memory(),
-    }
+    run = run_facts(started, settings.clock or clock)
     return replace(report, meta=replace(report.meta, run=run), rows=rows)
 
 
@@ -182,24 +183,6 @@ def _rows(
         else row_statistics(evaluation.logits, labels, sample_weight=evaluation.sample_weight)
     )
     return ReportRows(sets, labels, before, fitted.after)
-
-
-def _data_set(part: Predictions, role: str) -> DataSet:
-    notes = part.notes
-    foreign = role.endswith("ood")
-    return DataSet(
-        spec=part.source,
-        role=role,
-        n=len(part),
-        labelled=part.labels is not None,
-        skipped=len(part.skipped),
-        skipped_examples=[{"id": name, "error": error} for name, error in part.skipped[:5]],
-        num_classes=None if foreign else part.num_classes,
-        classes=None if foreign or part.classes is None else list(part.classes),
-        class_match=str(notes.get("class_match", "labels are taken as class numbers")),
-        fingerprint=part.fingerprint,
-        limit=notes.get("limit"),
-    )
 
 
 def _meta(
@@ -233,69 +216,12 @@ def _meta(
     return Meta(
         title=settings.title,
         package={"name": "ebm_guard", "version": version("ebm-guard")},
-        model=_model_card(evaluation, classifier),
-        preprocessing=None if preprocessing is None else _preprocessing(preprocessing),
+        model=model_card(evaluation, classifier),
+        preprocessing=None if preprocessing is None else preprocessing_facts(preprocessing),
         seed=settings.seed,
         protocol=[*protocol.sentences, *of_scores],
         settings=chosen,
         command=settings.command,
-        environment=_environment(evaluation, classifier),
+        environment=environment_facts(evaluation, classifier),
         run={},
     )
-
-
-def _model_card(evaluation: Predictions, classifier: EnergyClassifier | None) -> ModelCard:
-    if classifier is None:
-        return ModelCard("stored predictions", evaluation.source, evaluation.num_classes)
-    head = classifier.head
-    return ModelCard(
-        name=classifier.name,
-        source=type(classifier.model).__name__,
-        num_classes=evaluation.num_classes,
-        num_parameters=classifier.num_parameters,
-        weights_sha256=classifier.weights_hash(),
-        head=None if head is None else {"found": head.found, "message": head.message},
-        loss_note=classifier.loss_note,
-    )
-
-
-def _peak_memory() -> float | None:
-    """Return the most memory that this process has held, in MB, where the system tells."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts kilobytes, macOS bytes.
-    return round(peak / (1024 if platform.system() == "Linux" else 1024**2), 1)
-
-
-def _preprocessing(preprocessing: Preprocessing) -> dict[str, Any]:
-    size = preprocessing.image_size
-    resize = None if size is None else [int(side / preprocessing.crop_pct) for side in size]
-    return {
-        "mean": list(preprocessing.mean),
-        "std": list(preprocessing.std),
-        "image_size": None if size is None else list(size),
-        "resize_size": resize,
-        "interpolation": preprocessing.interpolation,
-        "channels": preprocessing.channels,
-        "source": preprocessing.source,
-    }
-
-
-def _environment(evaluation: Predictions, classifier: EnergyClassifier | None) -> dict[str, Any]:
-    try:
-        timm = version("timm")
-    except PackageNotFoundError:
-        timm = None
-    device = None if classifier is None else classifier.device
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "timm": timm,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": "none: stored predictions" if classifier is None else str(device or "unknown"),
-        "dtype": evaluation.dtype,
-    }

@@ -242,7 +242,7 @@ class Report(Record):
     gate: GateSection | NotRun
     selective: Any
     groups: Any
-    robustness: NotRun
+    robustness: Any
     finetune: NotRun
     comparison: Any
     gallery: Any

@@ -1,14 +1,21 @@
 """Figures of the report: matplotlib only here, drawn from the report dict only."""
 
+from ebm_guard.report.figures.attack_energy import robustness_energy
+from ebm_guard.report.figures.corruption_map import robustness_corruptions
 from ebm_guard.report.figures.energy import energy_histogram
 from ebm_guard.report.figures.ranking import roc, score_ranking
 from ebm_guard.report.figures.reliability import reliability
+from ebm_guard.report.figures.robustness import robustness_curve, robustness_ood
 from ebm_guard.report.figures.save import inline_svgs, save_figures, svg_text
 
 __all__ = [
     "energy_histogram",
     "inline_svgs",
     "reliability",
+    "robustness_corruptions",
+    "robustness_curve",
+    "robustness_energy",
+    "robustness_ood",
     "roc",
     "save_figures",
     "score_ranking",

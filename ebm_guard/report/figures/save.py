@@ -7,9 +7,16 @@ from functools import partial
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
+from ebm_guard.report.figures.attack_energy import PARTS, robustness_energy
+from ebm_guard.report.figures.corruption_map import (
+    corruption_tables,
+    robustness_corruptions,
+    shown_metrics,
+)
 from ebm_guard.report.figures.energy import energy_histogram
 from ebm_guard.report.figures.ranking import ranked_scores, roc, score_ranking
 from ebm_guard.report.figures.reliability import reliability
+from ebm_guard.report.figures.robustness import curve_lines, robustness_curve, robustness_ood
 from ebm_guard.report.figures.selective import joint_map, risk_coverage
 from ebm_guard.report.figures.style import THEME, drawing
 
@@ -23,7 +30,10 @@ DPI = 200  # twice the usual 100, for sharp pictures on a phone and in print
 
 
 def save_figures(report: Mapping[str, Any], folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Write each figure that the report has data for as PNG and SVG; return their paths."""
+    """Write each figure that the report has data for as PNG and SVG; return their paths.
+
+    ``report`` is a report, or what ``ebm-guard attack`` found.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for name, draw in _figures(report):
@@ -42,6 +52,14 @@ def inline_svgs(report: Mapping[str, Any]) -> dict[str, str]:
     Panels and not the side-by-side figures, so that a phone can put them under each other.
     The ROC panels are numbered in the order of ``report["ood"]``.
     """
+    panels = {name: draw() for name, draw in _robustness_panels(report["robustness"])}
+    if "calibration" in report:
+        panels.update(_report_panels(report))
+    return {name: _for_page(svg_text(figure, name)) for name, figure in panels.items()}
+
+
+def _report_panels(report: Mapping[str, Any]) -> dict[str, Figure]:
+    """Draw the single panels of all sections but robustness."""
     panels: dict[str, Figure] = {}
     for when in ("before", "after"):
         if "curve" in report["calibration"].get(when, {}):
@@ -51,7 +69,7 @@ def inline_svgs(report: Mapping[str, Any]) -> dict[str, str]:
     for number, (name, entry) in enumerate(report["ood"].items()):
         if entry.get("roc"):
             panels[f"roc_{number}"] = roc({name: entry}, titles=False)
-    return {name: _for_page(svg_text(figure, name)) for name, figure in panels.items()}
+    return panels
 
 
 def svg_text(figure: Figure, name: str) -> str:
@@ -67,6 +85,12 @@ def svg_text(figure: Figure, name: str) -> str:
 
 def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """List the figures that the report has data for, each with the call that draws it."""
+    if "calibration" in report:
+        yield from _report_figures(report)
+    yield from _robustness_figures(report["robustness"])
+
+
+def _report_figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Figure]]]:
     calibration, energy, ood = report["calibration"], report["energy"], report["ood"]
     if "curve" in calibration.get("before", {}):
         after = calibration["after"] if "curve" in calibration["after"] else None
@@ -81,6 +105,41 @@ def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Figu
         yield "roc", partial(roc, ood)
     if ranked_scores(report):
         yield "score_ranking", partial(score_ranking, report)
+
+
+def _robustness_figures(
+    section: Mapping[str, Any],
+) -> Iterator[tuple[str, Callable[..., Figure]]]:
+    if "not_run" in section:
+        return
+    if any(curve_lines(section, norm) for norm in section["norms"]):
+        yield "robustness_curve", partial(robustness_curve, section)
+    if section["energy_path"] is not None:
+        yield "robustness_energy", partial(robustness_energy, section["energy_path"])
+    tables = corruption_tables(section)
+    if tables:
+        yield "robustness_corruptions", partial(robustness_corruptions, tables)
+    if section["ood"]:
+        yield "robustness_ood", partial(robustness_ood, section)
+
+
+def _robustness_panels(section: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """List the figures of robustness as single panels, named by what they are of."""
+    for name, draw in _robustness_figures(section):
+        if name == "robustness_curve":
+            for norm in section["norms"]:
+                if curve_lines(section, norm):
+                    yield f"{name}_{norm['norm']}", partial(draw, norm["norm"])
+        elif name == "robustness_energy":
+            for part in PARTS:
+                yield f"{name}_{part}", partial(draw, part)
+        elif name == "robustness_corruptions":
+            for number, table in enumerate(corruption_tables(section)):
+                for metric in shown_metrics(table):
+                    panel = partial(robustness_corruptions, [table], metric)
+                    yield f"{name}_{number}_{metric}", panel
+        else:
+            yield name, draw
 
 
 def _for_page(svg: str) -> str:

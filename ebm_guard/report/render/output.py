@@ -5,19 +5,46 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from ebm_guard.errors import DataError
-from ebm_guard.report.render.pages import render_html, render_markdown
+from ebm_guard.report.render.pages import (
+    render_attack_html,
+    render_attack_markdown,
+    render_html,
+    render_markdown,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ebm_guard.report.rows import ReportRows
 
-FIGURES = ("reliability", "energy_histogram", "roc", "score_ranking")
+FIGURES = (
+    "reliability",
+    "risk_coverage",
+    "joint_map",
+    "energy_histogram",
+    "roc",
+    "score_ranking",
+    "robustness_curve",
+    "robustness_energy",
+    "robustness_corruptions",
+    "robustness_ood",
+)
+
+
+def _drawn(names: Sequence[str]) -> tuple[Path, ...]:
+    return tuple(
+        Path("figures") / f"{name}.{ending}" for name in names for ending in ("png", "svg")
+    )
+
+
+# The figures that a report and the attack command both draw.
+SHARED = _drawn([name for name in FIGURES if name.startswith("robustness_")])
 # Every file that a report may hold: those of an older report are replaced or taken away,
 # everything else in the folder belongs to the user.
 OURS = (
@@ -25,8 +52,10 @@ OURS = (
     Path("report.html"),
     Path("report.md"),
     Path("rows.npz"),
-    *(Path("figures") / f"{name}.{ending}" for name in FIGURES for ending in ("png", "svg")),
+    *_drawn(FIGURES),
 )
+# The same of the attack command.
+ATTACK_OURS = (Path("robustness.json"), Path("robustness.html"), Path("robustness.md"), *SHARED)
 
 
 def write_outputs(
@@ -40,6 +69,31 @@ def write_outputs(
     Raises:
         DataError: The folder cannot be written, or the report holds a value that JSON lacks.
     """
+    neighbour = Path(folder) / "robustness.json"
+    return _write(folder, partial(_write_report, report, rows=rows), OURS, neighbour)
+
+
+def write_attack_outputs(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write robustness.json, robustness.html, robustness.md and the figures; return their paths.
+
+    As a whole or not at all, like :func:`write_outputs`; other files in the folder stay, among
+    them what an interrupted attack keeps there.
+
+    Args:
+        report: what ``AttackReport.to_dict()`` returns.
+        folder: made if it is missing.
+
+    Raises:
+        DataError: The folder cannot be written, or the report holds a value that JSON lacks.
+    """
+    neighbour = Path(folder) / "report.json"
+    return _write(folder, partial(_write_attack, report), ATTACK_OURS, neighbour)
+
+
+def _write(
+    folder: Path, draw: Callable[[Path], list[Path]], ours: Sequence[Path], neighbour: Path
+) -> list[Path]:
+    """Let ``draw`` fill a new folder, and put what it wrote in place of what is ``ours``."""
     folder = Path(folder).absolute()
     try:
         blocked = next((path for path in _on_the_way(folder) if not path.is_dir()), None)
@@ -50,9 +104,11 @@ def write_outputs(
         staging = room / f".ebm-guard-{token_hex(6)}"
         try:
             staging.mkdir()
-            written = _write_all(report, staging / "new", rows)
+            written = draw(staging / "new")
+            # Figures of robustness may belong to a report of the other kind beside this one.
+            kept = SHARED if neighbour.exists() else ()
             if room == folder:
-                _exchange(staging, folder, written)
+                _exchange(staging, folder, written, [path for path in ours if path not in kept])
             else:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 (staging / "new").rename(folder)
@@ -88,24 +144,47 @@ def _on_the_way(folder: Path) -> Iterator[Path]:
         yield folder / "figures"
 
 
-def _write_all(report: Mapping[str, Any], folder: Path, rows: ReportRows | None) -> list[Path]:
-    """Write every file of the report into an empty folder; return their relative paths."""
-    from ebm_guard.report.figures import inline_svgs, save_figures
+def _write_report(report: Mapping[str, Any], folder: Path, rows: ReportRows | None) -> list[Path]:
+    """Write every file of the report into a new folder; return their relative paths."""
+    from ebm_guard.report.figures import inline_svgs
 
-    folder.mkdir()
     pages = {
         "report.json": canonical_json(report),
         "report.html": render_html(report, inline_svgs(report)),
         "report.md": render_markdown(report),
     }
+    paths = _write_pages(pages, folder)
+    if rows is not None:
+        rows.write(folder / "rows.npz")
+        paths.append(Path("rows.npz"))
+    return paths + _write_figures(report, folder)
+
+
+def _write_attack(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write what the attack command found into a new folder; return the relative paths."""
+    from ebm_guard.report.figures import inline_svgs
+
+    pages = {
+        "robustness.json": canonical_json(report),
+        "robustness.html": render_attack_html(report, inline_svgs(report)),
+        "robustness.md": render_attack_markdown(report),
+    }
+    return _write_pages(pages, folder) + _write_figures(report, folder)
+
+
+def _write_pages(pages: Mapping[str, str], folder: Path) -> list[Path]:
+    folder.mkdir()
     for name, text in pages.items():
         # A name read from a file system may hold bytes that are no text; they are shown escaped.
         data = text.encode("utf-8", "backslashreplace")
         (folder / name).write_bytes(data)
-    paths = [Path(name) for name in pages]
-    if rows is not None:
-        rows.write(folder / "rows.npz")
-        paths.append(Path("rows.npz"))
+    return [Path(name) for name in pages]
+
+
+def _write_figures(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    from ebm_guard.report.figures import save_figures
+
+    paths: list[Path] = []
     for pair in save_figures(report, folder / "figures").values():
         paths += [path.relative_to(folder) for path in pair]
     with suppress(OSError):
@@ -113,14 +192,14 @@ def _write_all(report: Mapping[str, Any], folder: Path, rows: ReportRows | None)
     return paths
 
 
-def _exchange(staging: Path, folder: Path, written: Sequence[Path]) -> None:
+def _exchange(staging: Path, folder: Path, written: Sequence[Path], ours: Sequence[Path]) -> None:
     """Put the new files in place of the old ones; on any failure put the old ones back."""
     new, old = staging / "new", staging / "old"
     saved: list[Path] = []
     placed: list[Path] = []
     had_figures = (folder / "figures").exists()
     try:
-        for path in OURS:
+        for path in dict.fromkeys((*ours, *written)):
             target = folder / path
             if target.is_dir() and not target.is_symlink():
                 raise IsADirectoryError(

@@ -6,7 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebm_guard.report.render import calibration_view, view
+from ebm_guard.report.render import (
+    calibration_view,
+    corruption_view,
+    robustness_facts,
+    robustness_view,
+    view,
+)
 from ebm_guard.report.render import format as fmt
 
 if TYPE_CHECKING:
@@ -23,20 +29,47 @@ def render_html(report: Mapping[str, Any], figures_svg: Mapping[str, str]) -> st
     ``figures_svg`` is what ``figures.inline_svgs(report)`` returns; with an empty dict the page
     has its tables alone.
     """
-    page = _environment().get_template("report.html.j2")
-    return page.render(r=report, svg=figures_svg, view=view, calview=calibration_view, fmt=fmt)
+    return _render("report.html.j2", report, svg=figures_svg)
 
 
 def render_markdown(report: Mapping[str, Any]) -> str:
     """Render the report as Markdown for pull requests and CI summaries."""
-    page = _environment().get_template("report.md.j2")
-    return page.render(r=report, view=view, calview=calibration_view, fmt=fmt)
+    return _render("report.md.j2", report)
 
 
 def render_summary(report: Mapping[str, Any]) -> str:
     """Render the verdicts and the key numbers as a small HTML table for notebooks."""
-    page = _environment().get_template("summary.html.j2")
-    return page.render(r=report, view=view, calview=calibration_view, fmt=fmt)
+    return _render("summary.html.j2", report)
+
+
+def render_attack_html(report: Mapping[str, Any], figures_svg: Mapping[str, str]) -> str:
+    """Render what ``ebm-guard attack`` found as one self-contained HTML page.
+
+    ``figures_svg`` is what ``figures.inline_svgs(report)`` returns.
+    """
+    return _render("robustness.html.j2", report, svg=figures_svg)
+
+
+def render_attack_markdown(report: Mapping[str, Any]) -> str:
+    """Render what ``ebm-guard attack`` found as Markdown."""
+    return _render("robustness.md.j2", report)
+
+
+def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
+    return (
+        _environment()
+        .get_template(name)
+        .render(
+            r=report,
+            view=view,
+            calview=calibration_view,
+            robview=robustness_view,
+            robfacts=robustness_facts,
+            corview=corruption_view,
+            fmt=fmt,
+            **more,
+        )
+    )
 
 
 @lru_cache(maxsize=1)

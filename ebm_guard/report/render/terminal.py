@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ebm_guard.report.render import corruption_view, robustness_facts, robustness_view
 from ebm_guard.report.render import format as fmt
 from ebm_guard.report.render.view import SIGNS, STATUS_WORDS, key_numbers, pillars
 
@@ -22,6 +23,8 @@ COLOURS = {
     "bad": "red",
     "failed": "red",
     "not_run": "dim",
+    "clear": "green",
+    "raised": "yellow",
 }
 
 
@@ -43,6 +46,55 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
         console.print(Text.assemble(("! ", "bold yellow"), warning["message"]))
     if report["warnings"]:
         console.print()
+
+
+def render_attack_terminal(report: Mapping[str, Any], console: Console) -> None:
+    """Print what ``ebm-guard attack`` found: verdict, a table for each norm, flags, corruptions."""
+    from rich.text import Text
+
+    meta, section = report["meta"], report["robustness"]
+    verdict = section["verdict"]
+    console.print()
+    console.print(Text(meta["title"], style="bold"))
+    images = f"{fmt.count(section['n'])} of {fmt.count(section['of'])} images"
+    line = f"{meta['model']['name']} · {report['data']['spec']} · {images}"
+    console.print(Text(line, style="dim"))
+    console.print()
+    console.print(Text.assemble(_status(verdict["status"]), "  ", (verdict["headline"], "bold")))
+    console.print(Text(verdict["sentence"]))
+    console.print()
+    for norm in section["norms"]:
+        console.print(_norm_table(section, norm))
+    flags = robustness_facts.flags_sentence(section)
+    console.print(Text(flags, style="yellow" if robustness_facts.raised(section) else ""))
+    for flag in robustness_facts.raised(section):
+        console.print(Text.assemble(("! ", "bold yellow"), f"{flag['sentence']}. {flag['advice']}"))
+    for table in corruption_view.tables(section):
+        console.print(Text(corruption_view.sentence(table)))
+    for name, reason in robustness_facts.left_out(section):
+        console.print(Text(f"{name}: {reason}", style="dim"))
+    console.print(Text(robustness_facts.UPPER_BOUND, style="dim"))
+    console.print()
+
+
+def _norm_table(section: Mapping[str, Any], norm: Mapping[str, Any]) -> Table:
+    """Build the table of one norm: what each budget leaves, and with the gate lets through."""
+    from rich.text import Text
+
+    gated = robustness_view.gate_table(section, norm)
+    columns = [f"{norm['norm']} epsilon", "Right after all attacks", "Success rate"]
+    columns += ["Wrong and accepted, gate known", "gate not known"] if gated else []
+    table = _table(*columns)
+    for place, row in enumerate(robustness_view.norm_table(section, norm)):
+        cells = [row["worst"], row["success"]]
+        if gated:
+            cells += [gated[place]["known"], gated[place]["unknown"]]
+        texts = [cell["words"] or fmt.metric(cell["metric"]) for cell in cells]
+        table.add_row(Text(row["text"], style="bold" if row["mark"] else ""), *map(Text, texts))
+    table.add_row()
+    table.caption = Text(f"after {robustness_view.attack_labels(norm['epsilons'][0])}")
+    table.caption_justify = "left"
+    return table
 
 
 def _table(*columns: str) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ebm_guard.report.render import format as fmt
+from ebm_guard.report.render import robustness_facts, robustness_view
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ STATUS_WORDS = {
     "not_run": "Not run",
     "met": "Met",
     "failed": "Failed",
+    "clear": "Clear",
+    "raised": "Raised",
 }
 SIGNS = {
     "good": "✓",
@@ -26,6 +29,8 @@ SIGNS = {
     "failed": "✗",
     "unclear": "?",
     "not_run": "–",
+    "clear": "✓",
+    "raised": "!",
 }
 ROLES = {
     "evaluation": "evaluation (judges the model)",
@@ -162,6 +167,8 @@ def _key_metrics(report: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
         yield "Gate: accuracy of accepted", gate["accuracy_accepted"], "percent"
         for name in _summed_up(ood, shown):
             yield f"Gate: {name} accepted", gate["accepted_ood"].get(name), "percent"
+    if not_run(report["robustness"]) is None:
+        yield from robustness_view.key_metrics(report["robustness"])
 
 
 def _summed_up(ood: Mapping[str, Any], score: str) -> dict[str, Any]:
@@ -312,4 +319,6 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         )
     if not_run(report["robustness"]) is not None:
         said.append("No deliberate attack and no image corruption was tried.")
+    else:
+        said += robustness_facts.limits(report["robustness"])
     return said

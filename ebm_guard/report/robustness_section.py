@@ -1,0 +1,116 @@
+"""The robustness section: what attacks and corruptions do, in words that do not flatter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ebm_guard.intervals import Metric
+from ebm_guard.report.record import ATTENTION, BAD, GOOD, UNCLEAR, NotRun, Record, Verdict, plain
+from ebm_guard.robustness.records import EpsilonResult, NormResult, Robustness
+
+NOT_ASKED = "no attack and no corruption was asked for; add --attacks quick"
+# Shares of the clean accuracy that the verdict's words stand for.
+_KEPT, _SOME = 0.8, 0.5
+
+
+@dataclass(frozen=True)
+class RobustnessSection(Record):
+    """What an attacker can do, and what bad pictures do.
+
+    Args:
+        verdict: in plain words.
+        robust_accuracy: worst case over all attacks, at the reference epsilon of the first norm.
+        gated_accuracy: share not wrong *and accepted* there, by an attacker who knows the gate.
+        corrupted_accuracy: mean over the corruptions, or None.
+        found: the whole evaluation.
+    """
+
+    verdict: Verdict
+    robust_accuracy: Metric | None
+    gated_accuracy: Metric | None
+    corrupted_accuracy: Mapping[str, Any] | None
+    found: Robustness
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sums first, then all that was found."""
+        return {
+            "verdict": plain(self.verdict),
+            "robust_accuracy": plain(self.robust_accuracy),
+            "gated_accuracy": plain(self.gated_accuracy),
+            "corrupted_accuracy": plain(self.corrupted_accuracy),
+            **self.found.to_dict(),
+        }
+
+
+def robustness_section(found: Robustness | None) -> RobustnessSection | NotRun:
+    """Sum up an evaluation of robustness, or say that there was none."""
+    if found is None:
+        return NotRun(NOT_ASKED)
+    norm, row = reference(found)
+    gated = None if row is None or row.gated is None else row.gated.aware
+    table = found.corruptions
+    return RobustnessSection(
+        verdict=_verdict(found, norm, row),
+        robust_accuracy=None if row is None else row.worst_case,
+        gated_accuracy=gated,
+        corrupted_accuracy=None if table is None else table["summary"]["accuracy"],
+        found=found,
+    )
+
+
+def reference(found: Robustness) -> tuple[NormResult, EpsilonResult | None]:
+    """Return the first norm, and its row at the reference epsilon, or the largest that ran."""
+    norm = found.norms[0]
+    whole = [row for row in norm.epsilons if row.worst_case is not None]
+    chosen = norm.at(norm.reference)
+    if chosen.worst_case is not None:
+        return norm, chosen
+    return norm, whole[-1] if whole else None
+
+
+def _verdict(found: Robustness, norm: NormResult, row: EpsilonResult | None) -> Verdict:
+    if row is None or row.worst_case is None:
+        return Verdict(
+            UNCLEAR,
+            "The time budget allowed no whole attack",
+            "No robust accuracy is given: a part of the attacks would be a weaker number.",
+        )
+    worst, clean = row.worst_case, found.clean
+    raised = [flag for flag in found.flags if flag["status"] == "raised"]
+    status, headline = _words(worst, clean)
+    attacks = ", ".join(item.label for item in row.attacks)
+    sentence = (
+        f"Robust accuracy at {norm.norm} {row.text}: {worst.value:.1%} "
+        f"({worst.low or 0:.1%} to {worst.high or 0:.1%}, n = {worst.n}) against {attacks}; "
+        f"{clean.value:.1%} without attack. An upper bound: a stronger attack may find more."
+    )
+    gated = row.gated
+    if gated is not None and gated.aware is not None:
+        sentence += (
+            f" With the gate, {1 - gated.aware.value:.1%} of the images can be made wrong and "
+            "accepted by an attacker who knows it"
+        )
+        sentence += f" ({1 - gated.plain.value:.1%} by one who does not)." if gated.plain else "."
+    if raised and status != BAD:
+        status = ATTENTION
+        headline = "The attacks may be blinded: do not trust the robust accuracy"
+    if raised:
+        sentence += f" Flags raised: {', '.join(flag['name'] for flag in raised)}."
+    table = found.corruptions
+    if table is not None:
+        mean = table["summary"]["accuracy"]["value"]
+        sentence += f" On corrupted images ({table['source']}): {mean:.1%} on average."
+    return Verdict(status, headline, sentence)
+
+
+def _words(worst: Metric, clean: Metric) -> tuple[str, str]:
+    low, high = worst.low or 0.0, worst.high or 0.0
+    if high < _SOME * clean.value:
+        if worst.value <= 0.02:
+            return BAD, "No protection against deliberate attack, as in any ordinary net"
+        return BAD, "Deliberate attacks break most of what it gets right"
+    if low >= _KEPT * clean.value:
+        return GOOD, "It withstands the attacks that were tried"
+    return ATTENTION, "It withstands a part of the attacks"

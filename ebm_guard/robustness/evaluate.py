@@ -1,0 +1,400 @@
+"""One call: attack a classifier and its gate, corrupt its images, and say what it all means.
+
+Protocol: the images are drawn at random; each attack of the preset gets what the attack before
+left standing, at each epsilon what was left at the smaller one. Final images are re-scored by the
+deployed forward pass. A robust accuracy is an upper bound: a stronger attack may find more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ebm_guard.attacks import Examples
+from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.gate import Guard
+from ebm_guard.gate.deciding import Parts
+from ebm_guard.model import EnergyClassifier
+from ebm_guard.robustness import side_stages, summary
+from ebm_guard.robustness.corruptions import BUILTIN, IMAGECORRUPTIONS, corruption_facts
+from ebm_guard.robustness.gate_attacks import Source, score_has_gradient
+from ebm_guard.robustness.gated import GateChain, attack_gate, attack_ood
+from ebm_guard.robustness.label_flips import Chain, Context, attack_epsilon, sharpen
+from ebm_guard.robustness.masking import random_forward
+from ebm_guard.robustness.masking_stage import flags_of
+from ebm_guard.robustness.plan import Plan, Scope, make_plan, pilot
+from ebm_guard.robustness.presets import Attacker, preset_of
+from ebm_guard.robustness.records import EpsilonResult, NormResult, OodResult, Robustness
+from ebm_guard.robustness.runner import Runner, Store, measure_speed
+from ebm_guard.robustness.subject import Subject
+from ebm_guard.robustness.threat import Threat, default_threats
+
+_EOT, _DRAWS = 20, 11
+CORRUPTION_SETS: dict[str, tuple[str, ...]] = {
+    "builtin": BUILTIN,
+    "imagecorruptions": IMAGECORRUPTIONS,
+    "none": (),
+}
+
+
+@dataclass(frozen=True)
+class AttackOptions:
+    """Choices of an evaluation.
+
+    Args:
+        preset: ``quick``, ``standard`` or ``full``.
+        threats: norms with their budgets; default: those of the literature for the images' size.
+        images: attacked images, at most; default: the preset's.
+        time_budget: seconds; fewer images are attacked, and what does not fit is not run.
+        seed: of the draw of the images and of all random numbers.
+        batch_size: images per forward pass.
+        attackers: further attacks, run last: callables ``attack(model, x, y, epsilon) -> x_adv``
+            by name; see :func:`ebm_guard.attacks.foreign.judge_callable`.
+        state: folder that keeps the results of finished stages, or None.
+        resume: go on from what the folder holds.
+        corruptions: ``builtin``, ``imagecorruptions`` (the extra ``corruptions``) or ``none``.
+    """
+
+    preset: str = "quick"
+    threats: tuple[Threat, ...] | None = None
+    images: int | None = None
+    time_budget: float | None = None
+    seed: int = 0
+    batch_size: int = 64
+    attackers: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    state: Path | None = None
+    resume: bool = False
+    corruptions: str = "builtin"
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        if self.time_budget is not None and not 0 < self.time_budget < float("inf"):
+            raise InvalidInputError(
+                f"got a time budget of {self.time_budget!r}; needed seconds > 0"
+            )
+        if self.images is not None and self.images < 1:
+            raise InvalidInputError(f"got {self.images} images to attack; needed at least 1")
+        if self.corruptions not in CORRUPTION_SETS:
+            raise InvalidInputError(
+                f"got corruptions {self.corruptions!r}; known are {', '.join(CORRUPTION_SETS)}"
+                f"{suggest(self.corruptions, CORRUPTION_SETS)}"
+            )
+        if self.resume and self.state is None:
+            raise InvalidInputError("got resume=True without a state folder; give state=")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images that an evaluation may use.
+
+    Args:
+        pixels: (N, C, H, W) in [0, 1], at the model's input size.
+        labels: (N,) int64, or None: then the predicted classes stand for them.
+        ids: (N,) int64, their numbers in the set they come from; default: 0, 1, ...
+        of: images in that set; default: N.
+    """
+
+    pixels: Tensor
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+    of: int | None = None
+
+
+def evaluate_robustness(
+    model: Guard | EnergyClassifier | Callable[..., Any],
+    images: Images | Tensor,
+    labels: Tensor | None = None,
+    *,
+    gate: Parts | None = None,
+    no_gate: str = "",
+    ood: Mapping[str, Tensor] | None = None,
+    id_scores: NDArray[np.float64] | None = None,
+    options: AttackOptions | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Robustness:
+    """Attack a classifier, with its gate in the loop where it has one.
+
+    Args:
+        model: a guard (its gate is in the loop once it is fitted), a wrapped classifier, or a
+            model with a ``pretrained_cfg``.
+        images: pixels in [0, 1] at the model's input size, or :class:`Images`.
+        labels: (N,) int64 true classes, where ``images`` is a tensor.
+        gate: what decides, for a classifier without a guard.
+        no_gate: why there is none, for the report.
+        ood: OOD images (M, C, H, W) in [0, 1] by name, for aim D.
+        id_scores: the gate's score of clean ID images, for AUROC under aim D; default: of the
+            attacked images as they are.
+        options: see :class:`AttackOptions`.
+        on_plan: called with the plan before the attacks run.
+        say: called with a line for each stage.
+
+    Returns:
+        The whole evaluation; ``to_dict()`` gives JSON types.
+
+    Raises:
+        InvalidInputError: pixels outside [0, 1], labels that do not fit, bad options.
+        UnsupportedModelError: the model returns probabilities, or its head is needed and not found.
+
+    Example:
+        >>> from ebm_guard.data.demo import demo_classifier, load_demo
+        >>> demo = load_demo("evaluation")
+        >>> pixels = torch.from_numpy(demo.images[:, None]).float() / 255
+        >>> found = evaluate_robustness(
+        ...     EnergyClassifier(demo_classifier()), pixels, torch.from_numpy(demo.labels),
+        ...     options=AttackOptions(images=16, threats=(Threat.of("linf", ["0.3"]),)))
+        >>> found.norms[0].at("0.3").worst_case.value <= found.clean.value
+        True
+    """
+    options = options or AttackOptions()
+    started = time.perf_counter()
+    classifier, parts = _resolved(model, gate)
+    subject = Subject(classifier, parts, batch_size=options.batch_size)
+    given = images if isinstance(images, Images) else Images(images, labels)
+    with subject.untouched(options.seed):
+        subject.check(given.pixels)
+        examples, label_source = _examples(subject, given)
+        examples = _shuffled(examples, options.seed)
+        noisy = random_forward(subject.forward, examples.select(slice(0, 8)))
+        if noisy:
+            subject = subject.with_draws(_DRAWS)
+        context, plan = _prepared(
+            subject, examples, options, ood or {}, _EOT if noisy else 1, started, say
+        )
+        if on_plan is not None:
+            on_plan(plan)
+        return _evaluated(
+            context,
+            plan,
+            options,
+            pool=examples,
+            of=given.of or len(examples),
+            label_source=label_source,
+            no_gate=no_gate,
+            ood=ood or {},
+            id_scores=id_scores,
+            noisy=noisy,
+            started=started,
+        )
+
+
+def _resolved(model: Any, gate: Parts | None) -> tuple[EnergyClassifier, Parts | None]:
+    """Return the classifier and what decides."""
+    if not isinstance(model, Guard):
+        classifier = model if isinstance(model, EnergyClassifier) else EnergyClassifier(model)
+        return classifier, gate
+    if model.classifier is None:
+        raise InvalidInputError(
+            "attacks run the model, and this guard was loaded without one; give Guard.load(path, "
+            "model)"
+        )
+    if gate is None and model.threshold is not None:
+        gate = model.state().parts
+    return model.classifier, gate
+
+
+def _examples(subject: Subject, given: Images) -> tuple[Examples, str]:
+    """Check the images; without labels the predicted classes stand for them."""
+    pixels, labels, source = given.pixels, given.labels, "true labels"
+    if labels is None:
+        labels = torch.zeros(len(pixels), dtype=torch.int64)
+    examples = Examples.of(pixels, labels, given.ids)
+    if given.labels is None:
+        with torch.no_grad():
+            parts = [
+                subject.forward(part).logits.argmax(dim=1).cpu()
+                for part in torch.split(examples.pixels, subject.batch_size)
+            ]
+        examples, source = replace(examples, labels=torch.cat(parts)), "predicted labels"
+    return examples, source
+
+
+def _shuffled(examples: Examples, seed: int) -> Examples:
+    """Put the images in random order, so that the first n are a random draw."""
+    order = np.random.default_rng([seed, 17]).permutation(len(examples))
+    return examples.select(torch.from_numpy(order))
+
+
+def _prepared(
+    subject: Subject,
+    pool: Examples,
+    options: AttackOptions,
+    ood: Mapping[str, Tensor],
+    eot_samples: int,
+    started: float,
+    say: Callable[[str], None] | None,
+) -> tuple[Context, Plan]:
+    """Measure what an image costs, plan, and judge the chosen images as they are."""
+    with torch.no_grad():
+        num_classes = subject.forward(pool.pixels[:1]).logits.shape[1]
+    preset = preset_of(options.preset, num_classes)
+    if options.images is not None:
+        preset = replace(preset, images=options.images)
+    names = CORRUPTION_SETS[options.corruptions]
+    # A package that is missing is missed before the work, not after it.
+    corruption_facts(names)
+    preset = replace(preset, corruptions=names)
+    channels = pool.pixels.shape[1]
+    threats = options.threats or default_threats(channels, with_l2=preset.with_l2)
+    foreign = tuple(Attacker.foreign(name, call) for name, call in options.attackers.items())
+    preset = replace(preset, attackers=preset.attackers + foreign)
+    store = None
+    if options.state is not None:
+        fingerprint = _fingerprint(subject, pool, options, threats)
+        store = Store(options.state, fingerprint, resume=options.resume)
+    speed = measure_speed(subject, pool)
+    scope = Scope(
+        preset,
+        threats,
+        pilot(subject, pool, threats, options.seed),
+        len(pool),
+        subject.parts is not None,
+        {name: len(pixels) for name, pixels in ood.items()},
+        eot_samples,
+    )
+    plan = make_plan(scope, speed, options.time_budget)
+    kept = None if store is None else store.get("plan")
+    if kept is not None:
+        # The speed of today may ask for another number; the results that are kept decide.
+        plan = replace(plan, n=int(kept["n"]))
+    elif store is not None:
+        store.put("plan", {"n": np.array(plan.n)})
+    examples = pool.select(slice(0, plan.n))
+    runner = Runner(speed, time_budget=options.time_budget, store=store, say=say, started=started)
+    context = Context(
+        subject=subject,
+        examples=examples,
+        clean=subject.judge(examples.pixels, examples.labels),
+        preset=preset,
+        threats=threats,
+        runner=runner,
+        seed=options.seed,
+        eot_samples=eot_samples,
+        gate_source=_gate_source(subject, examples),
+    )
+    return context, plan
+
+
+def _gate_source(subject: Subject, examples: Examples) -> Source:
+    """Tell where attacks on the gate get their gradient from."""
+    if subject.parts is None:
+        return "none"
+    usable, words = score_has_gradient(subject.parts, subject.forward, examples)
+    if usable:
+        return "score"
+    return "none" if "neither" in words else "surrogate"
+
+
+def _fingerprint(
+    subject: Subject, pool: Examples, options: AttackOptions, threats: tuple[Threat, ...]
+) -> dict[str, Any]:
+    """Name what kept results hang on."""
+    content = hashlib.blake2b(pool.pixels.numpy().tobytes(), digest_size=16)
+    content.update(pool.labels.numpy().tobytes())
+    for module in () if subject.parts is None else vars(subject.parts).values():
+        for name, value in {} if module is None else module.state_dict().items():
+            content.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return {
+        "weights": subject.classifier.weights_hash(),
+        "content": content.hexdigest(),
+        "preset": options.preset,
+        "images": options.images,
+        "threats": [[threat.norm, *(item.text for item in threat.epsilons)] for threat in threats],
+        "seed": options.seed,
+        "attackers": sorted(options.attackers),
+        "corruptions": options.corruptions,
+        "package": summary.package_version(),
+    }
+
+
+def _evaluated(
+    context: Context,
+    plan: Plan,
+    options: AttackOptions,
+    *,
+    pool: Examples,
+    of: int,
+    label_source: str,
+    no_gate: str,
+    ood: Mapping[str, Tensor],
+    id_scores: NDArray[np.float64] | None,
+    noisy: bool,
+    started: float,
+) -> Robustness:
+    norms, chains = [], []
+    for threat in context.threats:
+        result, chain = _attacked(context, threat)
+        norms.append(replace(result, minimal=side_stages.minimal_curve(context, threat)))
+        chains.append(chain)
+    path = side_stages.followed_energy(context)
+    corruptions = side_stages.corruption_table(context, pool)
+    sets = {} if context.subject.parts is None else _ood(context, ood, id_scores)
+    flags = flags_of(context, norms[0], chains[0], noisy=noisy)
+    reference = side_stages.reference_on_survivors(context, chains[0])
+    n, clean = len(context.examples), context.clean
+    return Robustness(
+        preset=context.preset.name,
+        n=n,
+        of=of,
+        label_source=label_source,
+        clean=summary.share(~clean.wrong),
+        gate=summary.gate_facts(context, no_gate),
+        clean_gated=None if context.subject.parts is None else summary.share(~clean.taken),
+        norms=tuple(norms),
+        ood=sets,
+        energy_path=path,
+        flags=flags,
+        corruptions=corruptions,
+        published=(),
+        reference=reference,
+        cost=summary.cost(context),
+        run={
+            "seconds": round(time.perf_counter() - started, 2),
+            "stages": context.runner.ledger.seconds,
+        },
+        settings=summary.settings(context, plan, options.time_budget, noisy=noisy),
+        left_out=tuple(context.runner.ledger.left_out),
+    )
+
+
+def _attacked(context: Context, threat: Threat) -> tuple[NormResult, Chain]:
+    """Run aims A, B and C at every epsilon of a norm."""
+    chain = Chain.begin(context, threat)
+    gate = None if context.subject.parts is None else GateChain.begin(context)
+    rows: list[EpsilonResult] = []
+    for index, epsilon in enumerate(threat.epsilons):
+        results, complete = attack_epsilon(context, threat, index, chain)
+        sharpen(context, threat, index, chain)
+        gated = None
+        if gate is not None:
+            gated = attack_gate(context, threat, index, chain, gate, complete=complete)
+        rows.append(
+            summary.epsilon_result(context, epsilon, results, chain, gated, complete=complete)
+        )
+    return NormResult(threat.norm, threat.reference.text, tuple(rows)), chain
+
+
+def _ood(
+    context: Context, ood: Mapping[str, Tensor], id_scores: NDArray[np.float64] | None
+) -> dict[str, OodResult]:
+    """Run aim D on every OOD set, along the first norm."""
+    if not context.preset.ood_images:
+        return {}
+    scores = context.clean.score.numpy() if id_scores is None else id_scores
+    found = {}
+    for name, pixels in ood.items():
+        order = np.random.default_rng([context.seed, 18]).permutation(len(pixels))
+        few = pixels[torch.from_numpy(order[: context.preset.ood_images])]
+        result = attack_ood(context, context.threats[0], name, few, scores)
+        if result is not None:
+            found[name] = result
+    return found

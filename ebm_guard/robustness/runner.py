@@ -1,0 +1,229 @@
+"""Run the stages of an evaluation: within a time budget, with progress, and so that one can resume.
+
+A stage is work with a key and a largest possible cost. Its result is arrays; they are kept in a
+folder, so that an interrupted evaluation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ebm_guard.attacks import Examples, Misclassify, Query
+from ebm_guard.errors import DataError
+from ebm_guard.files import DAMAGED_NPZ, cannot_write, replace_file
+from ebm_guard.robustness.subject import Subject
+
+Arrays = dict[str, NDArray[Any]]
+BUDGET = "not run: budget"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one image costs.
+
+    Args:
+        forward: seconds of a forward pass.
+        gradient: seconds of a forward and a backward pass.
+    """
+
+    forward: float
+    gradient: float
+
+    def seconds(self, forwards: float, gradients: float) -> float:
+        """Return the time of some forward passes and gradients."""
+        return forwards * self.forward + gradients * self.gradient
+
+
+def measure_speed(subject: Subject, examples: Examples) -> Speed:
+    """Time a forward pass and a gradient: the best of three batches of up to 32 images."""
+    query = Query(subject.forward, Misclassify("margin"), batch_size=subject.batch_size)
+    few = examples.select(slice(0, min(len(examples), subject.batch_size, 32)))
+    times = []
+    for gradient in (False, True):
+        runs = []
+        for _ in range(3):
+            started = time.perf_counter()
+            query.answer(few.pixels, few, gradient=gradient)
+            runs.append((time.perf_counter() - started) / len(few))
+        # The first pass allocates and chooses algorithms.
+        times.append(min(runs))
+    return Speed(forward=times[0], gradient=max(times))
+
+
+@dataclass
+class Ledger:
+    """What the evaluation has cost, and what was left out.
+
+    Args:
+        forwards: forward passes of single images, gradients' own not counted.
+        gradients: gradients of single images.
+        left_out: stages that were left out, and why.
+        seconds: wall time of each stage.
+    """
+
+    forwards: int = 0
+    gradients: int = 0
+    left_out: list[dict[str, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Runner:
+    """Run stages one after the other.
+
+    Args:
+        speed: what an image costs.
+        time_budget: seconds for all stages, or None.
+        store: where results are kept, or None.
+        say: called with a line about each stage.
+    """
+
+    def __init__(
+        self,
+        speed: Speed,
+        *,
+        time_budget: float | None = None,
+        store: Store | None = None,
+        say: Callable[[str], None] | None = None,
+        started: float | None = None,
+    ) -> None:
+        self.speed, self.time_budget, self.store = speed, time_budget, store
+        self.ledger = Ledger()
+        self._say = say or (lambda _: None)
+        self._started = time.perf_counter() if started is None else started
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left; infinite without one."""
+        if self.time_budget is None:
+            return float("inf")
+        return self.time_budget - (time.perf_counter() - self._started)
+
+    def run(
+        self,
+        key: str,
+        title: str,
+        work: Callable[[], Mapping[str, Any]],
+        *,
+        forwards: float = 0,
+        gradients: float = 0,
+    ) -> Arrays | None:
+        """Run a stage, or read what an interrupted run kept of it.
+
+        Args:
+            key: names the stage in the store.
+            title: what it does, in words.
+            work: returns tensors or arrays; ``forwards`` and ``gradients`` among them are summed.
+            forwards: forward passes that it takes at most.
+            gradients: gradients that it takes at most.
+
+        Returns:
+            The arrays, or None where the time budget does not allow the stage.
+        """
+        kept = None if self.store is None else self.store.get(key)
+        if kept is None:
+            needed = self.speed.seconds(forwards, gradients)
+            if needed > self.left:
+                reason = f"{BUDGET} ({needed:.0f} s needed at most, {max(0, self.left):.0f} s left)"
+                self.ledger.left_out.append({"name": title, "reason": reason})
+                self._say(f"{title}: {reason}")
+                return None
+            started = time.perf_counter()
+            kept = {name: _array(value) for name, value in work().items()}
+            kept["seconds"] = np.array(time.perf_counter() - started)
+            if self.store is not None:
+                self.store.put(key, kept)
+            self._say(f"{title}: {float(kept['seconds']):.1f} s")
+        else:
+            self._say(f"{title}: kept from the interrupted run")
+        self.ledger.seconds[title] = round(float(kept["seconds"]), 3)
+        self.ledger.forwards += int(kept.get("forwards", np.array(0)).sum())
+        self.ledger.gradients += int(kept.get("gradients", np.array(0)).sum())
+        return kept
+
+
+class Store:
+    """Results of stages in a folder, one ``.npz`` file each.
+
+    Args:
+        folder: made if it is missing.
+        fingerprint: what the results hang on: model, images, settings.
+        resume: take what is there; else it is thrown away.
+
+    Raises:
+        DataError: the folder holds other files, or the results of another evaluation.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        text = json.dumps(fingerprint, sort_keys=True)
+        if folder.exists():
+            self._take_over(text, resume=resume)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replace_file(folder / _STATE) as new:
+                new.write_text(text)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+
+    def _take_over(self, text: str, *, resume: bool) -> None:
+        state = self.folder / _STATE
+        foreign = [path for path in self.folder.iterdir() if path.suffix not in (".npz", ".json")]
+        if foreign or not state.is_file():
+            raise DataError(
+                f"{self.folder} holds other files than those of an interrupted evaluation; "
+                "nothing was changed. Choose another output"
+            )
+        if not resume:
+            shutil.rmtree(self.folder)
+        elif state.read_text() != text:
+            raise DataError(
+                f"{self.folder} holds the results of another evaluation (other weights, images, "
+                "seed or settings), so it cannot be resumed. Give the same command as then, or "
+                "leave out --resume to start anew"
+            )
+
+    def get(self, key: str) -> Arrays | None:
+        """Return what was kept, or None; a damaged file counts as missing."""
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                return dict(kept)
+        except DAMAGED_NPZ:
+            return None
+
+    def put(self, key: str, arrays: Arrays) -> None:
+        """Keep the arrays of a stage, all or nothing."""
+        with replace_file(self._path(key)) as new, new.open("wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+
+    def discard(self) -> None:
+        """Remove the folder: the evaluation is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, key: str) -> Path:
+        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        return self.folder / f"{name}.npz"
+
+
+def _array(value: Any) -> NDArray[Any]:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def tensor(array: NDArray[Any]) -> Tensor:
+    """Return an array of a stage as a tensor."""
+    return torch.from_numpy(np.ascontiguousarray(array))
