@@ -61,7 +61,7 @@ class Examples:
         ids = torch.arange(len(pixels)) if ids is None else ids
         for name, values in (("labels", labels), ("ids", ids)):
             _check_numbers(name, values, len(pixels))
-        return cls(pixels.detach().float(), labels, ids)
+        return cls(pixels.detach().float().contiguous(), labels, ids)
 
     def __len__(self) -> int:
         return len(self.labels)

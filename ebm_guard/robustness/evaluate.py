@@ -234,8 +234,7 @@ def _prepared(
     say: Callable[[str], None] | None,
 ) -> tuple[Context, Plan]:
     """Measure what an image costs, plan, and judge the chosen images as they are."""
-    with torch.no_grad():
-        num_classes = subject.forward(pool.pixels[:1]).logits.shape[1]
+    num_classes = _num_classes(subject, pool)
     preset = preset_of(options.preset, num_classes)
     if options.images is not None:
         preset = replace(preset, images=options.images)
@@ -282,6 +281,19 @@ def _prepared(
         gate_source=_gate_source(subject, examples),
     )
     return context, plan
+
+
+def _num_classes(subject: Subject, pool: Examples) -> int:
+    """Return the classifier's number of classes; labels beyond it are of other classes."""
+    with torch.no_grad():
+        found = int(subject.forward(pool.pixels[:1]).logits.shape[1])
+    low, high = int(pool.labels.min()), int(pool.labels.max())
+    if low < 0 or high >= found:
+        raise InvalidInputError(
+            f"got labels from {low} to {high} for a classifier of {found} classes; needed 0 to "
+            f"{found - 1}. Check that the images are of the classes that it was trained on"
+        )
+    return found
 
 
 def _gate_source(subject: Subject, examples: Examples) -> Source:
