@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ebm_guard.model import EnergyClassifier, Preprocessing
     from ebm_guard.predictions import Predictions, predict
     from ebm_guard.report import Report, build_report
+    from ebm_guard.robustness import AttackOptions, evaluate_robustness
 
 # Names load on first use (PEP 562): `import ebm_guard` imports neither torch nor matplotlib.
 _HOMES = {
@@ -31,12 +32,15 @@ _HOMES = {
     "predict": "ebm_guard.predictions",
     "Report": "ebm_guard.report",
     "build_report": "ebm_guard.report",
+    "AttackOptions": "ebm_guard.robustness",
+    "evaluate_robustness": "ebm_guard.robustness",
 }
 
 __all__ = [
     "ACCEPT",
     "INVALID",
     "REJECT",
+    "AttackOptions",
     "Decision",
     "EnergyClassifier",
     "Guard",
@@ -44,6 +48,7 @@ __all__ = [
     "Preprocessing",
     "Report",
     "build_report",
+    "evaluate_robustness",
     "predict",
     "wrap",
 ]

@@ -4,9 +4,12 @@ The browser is the system's Chromium, driven by Playwright's client (in the `tes
 Chromium the tests skip; in CI a skip fails, and ``.ci/run`` sees to one.
 """
 
+import copy
+import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +19,15 @@ from ebm_guard.data import batches, open_source
 from ebm_guard.data.demo import demo_classifier
 from ebm_guard.report import Settings
 from ebm_guard.report.comparison import Baseline
+from ebm_guard.report.render import write_attack_outputs, write_outputs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "<script>alert('x')</script> & \"b\""
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-PAGES = ("demo", "hostile", "unlabelled")
+PAGES = ("demo", "hostile", "unlabelled", "attack")
+ATTACKED = Path(__file__).parent / "fixtures" / "robustness_standard.json"
 
 
 def chromium():
@@ -34,7 +39,7 @@ def chromium():
     return path
 
 
-# --- three reports
+# --- four reports
 
 
 def demo_report():
@@ -95,6 +100,22 @@ def unlabelled_report():
     return build_report(Predictions(logits, source="logits:rows.npz"))
 
 
+def save_attack(report, folder):
+    """The page of the attack command, with a hostile name, under the name of the others."""
+    section = json.loads(ATTACKED.read_text(encoding="utf-8"))
+    section["ood"]["x" * 80 + EVIL] = copy.deepcopy(section["ood"]["c100"])
+    section["published"] = [copy.deepcopy(section["corruptions"])]
+    section["flags"][0].update(status="raised", advice="look for rounding in the model")
+    found = {
+        "schema": "ebm_guard.attack/1",
+        "meta": report["meta"],
+        "data": report["data"]["evaluation"],
+        "robustness": section,
+    }
+    write_attack_outputs(found, folder)
+    (folder / "robustness.html").rename(folder / "report.html")
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """The folders of the reports, by name."""
@@ -102,7 +123,13 @@ def pages(tmp_path_factory):
     folders = {}
     for name, make in made.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        make().save(folders[name])
+        report = make()
+        report.save(folders[name])
+    folders["attack"] = tmp_path_factory.mktemp("attack")
+    save_attack(report.to_dict(), folders["attack"])
+    # The last report once more, with the same section inside it.
+    section = json.loads(ATTACKED.read_text(encoding="utf-8"))
+    write_outputs({**report.to_dict(), "robustness": section}, folders["unlabelled"])
     return folders
 
 

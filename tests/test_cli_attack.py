@@ -90,7 +90,7 @@ def test_report_without_attacks_says_so_and_a_bound_on_it_fails(tmp_path):
     ],
 )
 def test_bad_usage_is_explained_and_leaves_nothing(tmp_path, args, words):
-    code, out, err = invoke(*args, "-o", tmp_path / "out")
+    code, _, err = invoke(*args, "-o", tmp_path / "out")
     assert code == 2
     assert words in err
     assert not (tmp_path / "out").exists()

@@ -35,6 +35,8 @@ SCHEMA = Path(figures.__file__).parents[1] / "schema.json"
 EXAMPLE = json.loads(
     (Path(__file__).parent / "fixtures" / "report_example.json").read_text(encoding="utf-8")
 )
+ROBUSTNESS = Path(__file__).parent / "fixtures" / "robustness_standard.json"
+COMMITTED = Path(__file__).parents[1] / "reports" / "cifar10_resnet20" / "report.json"
 EVIL = "<script>alert('x')</script> `a` $b$ [/red] _c_ | 犬"
 
 
@@ -433,6 +435,10 @@ def test_every_file_that_is_written_is_known_as_ours(report, tmp_path):
     statistics = row_statistics(np.eye(2), np.array([0, 1]))
     one = SetRows(np.zeros(2, np.uint64), None)
     rows = ReportRows({"evaluation": one}, np.array([0, 1]), statistics, None)
+    # The example has neither part; a committed report and an evaluation of robustness have them.
+    whole = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    report["selective"] = whole["selective"]
+    report["robustness"] = json.loads(ROBUSTNESS.read_text(encoding="utf-8"))
     paths = {path.relative_to(tmp_path) for path in write_outputs(report, tmp_path, rows)}
     assert paths == set(output.OURS)
 

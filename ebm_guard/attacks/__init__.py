@@ -2,6 +2,7 @@
 
 from ebm_guard.attacks.apgd import APGD
 from ebm_guard.attacks.engine import Goal, Query, StepRule, climb
+from ebm_guard.attacks.foreign import autoattack, judge_callable
 from ebm_guard.attacks.goals import Misclassify, TargetedMisclassify
 from ebm_guard.attacks.gradient import FGSM, PGD
 from ebm_guard.attacks.isolation import pixel_forward, untouched
@@ -21,7 +22,9 @@ __all__ = [
     "Square",
     "StepRule",
     "TargetedMisclassify",
+    "autoattack",
     "climb",
+    "judge_callable",
     "minimal_distance",
     "pixel_forward",
     "untouched",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_guard.attacks.engine import Query
+from ebm_guard.attacks.engine import Query, image_generators
 from ebm_guard.attacks.geometry import Ball, ball_of
 from ebm_guard.attacks.rows import Examples, joined, selected
 from ebm_guard.errors import InvalidInputError
@@ -90,6 +90,7 @@ def minimal_distance(
     num_steps: int = 100,
     step_size: float = 1.0,
     gamma: float = 0.05,
+    seed: Sequence[int] = (0,),
 ) -> MinimalOutcome:
     """Search the nearest adversarial image of each image (FMN).
 
@@ -107,6 +108,7 @@ def minimal_distance(
         num_steps: gradients per image.
         step_size: a of the first step, a Euclidean length in pixel units for both norms.
         gamma: relative change of the radius at the first step, in (0.001, 1).
+        seed: whole numbers >= 0, of the steps where the gradient is zero everywhere.
 
     Returns:
         One row for each image, in order. Every image found was scored again at the end, in
@@ -148,7 +150,9 @@ def minimal_distance(
         return outcome
     standing = examples.select(rows)
     parts = [
-        _search(query, standing.select(slice(first, first + query.batch_size)), ball, schedule)
+        _search(
+            query, standing.select(slice(first, first + query.batch_size)), ball, schedule, seed
+        )
         for first in range(0, len(standing), query.batch_size)
     ]
     found = _confirmed(query, standing, joined(parts), ball)
@@ -171,8 +175,11 @@ def _untouched(examples: Examples, clean: Tensor, forwards: int) -> MinimalOutco
     )
 
 
-def _search(query: Query, examples: Examples, ball: Ball, schedule: _Schedule) -> MinimalOutcome:
+def _search(
+    query: Query, examples: Examples, ball: Ball, schedule: _Schedule, seed: Sequence[int]
+) -> MinimalOutcome:
     centre = pixels = examples.pixels
+    generators = image_generators(examples.ids, seed)
     farthest = ball.distance((centre < 0.5).to(centre), centre)
     radius = torch.full_like(farthest, math.inf)
     distance, best = radius, centre
@@ -187,6 +194,7 @@ def _search(query: Query, examples: Examples, ball: Ball, schedule: _Schedule) -
             break
         objective = answer.objective.to(centre)
         gradient = _within_box(answer.gradient.to(centre), pixels)
+        still = (gradient == 0).flatten(1).all(dim=1)
         size, gamma = schedule.at(index)
         guess = here + objective.abs() / _dual_norm(ball, gradient)
         # A little beyond it: the boundary of a linear model would be met and never crossed.
@@ -195,7 +203,13 @@ def _search(query: Query, examples: Examples, ball: Ball, schedule: _Schedule) -
         inside = torch.minimum(radius * (1 - gamma), distance)
         # NaN comes from a zero objective over a zero gradient.
         radius = torch.where(success, inside, outside).nan_to_num(math.inf).minimum(farthest)
-        moved = pixels + size * ball_of("l2").steepest(gradient)
+        direction = ball_of("l2").steepest(gradient)
+        if bool(still.any()):
+            # On a plateau every direction is as good; a random walk leads off it.
+            draws = [generators[int(row)] for row in torch.nonzero(still)]
+            walk = [torch.from_numpy(draw.standard_normal(centre.shape[1:])) for draw in draws]
+            direction[still] = ball_of("l2").steepest(torch.stack(walk).to(centre))
+        moved = pixels + size * direction
         pixels = ball.project(moved, centre, radius)
     plain, with_gradient = query.forwards_per_answer
     steps = torch.full((len(examples),), schedule.num_steps, dtype=torch.int64)

@@ -82,17 +82,20 @@ def _verdict(found: Robustness, norm: NormResult, row: EpsilonResult | None) -> 
     status, headline = _words(worst, clean)
     attacks = ", ".join(item.label for item in row.attacks)
     sentence = (
-        f"Robust accuracy at {norm.norm} {row.text}: {worst.value:.1%} "
-        f"({worst.low or 0:.1%} to {worst.high or 0:.1%}, n = {worst.n}) against {attacks}; "
-        f"{clean.value:.1%} without attack. An upper bound: a stronger attack may find more."
+        f"Robust accuracy at {norm.norm} {row.text}: {_percent(worst.value)} "
+        f"({_percent(worst.low or 0)} to {_percent(worst.high or 0)}, n = {worst.n}) against "
+        f"{attacks}; {_percent(clean.value)} without attack. An upper bound: a stronger attack may "
+        "find more."
     )
     gated = row.gated
     if gated is not None and gated.aware is not None:
         sentence += (
-            f" With the gate, {1 - gated.aware.value:.1%} of the images can be made wrong and "
-            "accepted by an attacker who knows it"
+            f" With the gate, {_percent(1 - gated.aware.value)} of the images can be made wrong "
+            "and accepted by an attacker who knows it"
         )
-        sentence += f" ({1 - gated.plain.value:.1%} by one who does not)." if gated.plain else "."
+        sentence += (
+            f" ({_percent(1 - gated.plain.value)} by one who does not)." if gated.plain else "."
+        )
     if raised and status != BAD:
         status = ATTENTION
         headline = "The attacks may be blinded: do not trust the robust accuracy"
@@ -101,8 +104,15 @@ def _verdict(found: Robustness, norm: NormResult, row: EpsilonResult | None) -> 
     table = found.corruptions
     if table is not None:
         mean = table["summary"]["accuracy"]["value"]
-        sentence += f" On corrupted images ({table['source']}): {mean:.1%} on average."
+        sentence += f" On corrupted images ({table['source']}): {_percent(mean)} on average."
+    for table in found.published:
+        mean = table["summary"]["accuracy"]["value"]
+        sentence += f" On {table['source']}: {_percent(mean)} on average."
     return Verdict(status, headline, sentence)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _words(worst: Metric, clean: Metric) -> tuple[str, str]:

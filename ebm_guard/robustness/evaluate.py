@@ -345,7 +345,7 @@ def _evaluated(
     norms, chains = [], []
     for threat in context.threats:
         result, chain = _attacked(context, threat)
-        norms.append(replace(result, minimal=side_stages.minimal_curve(context, threat)))
+        norms.append(replace(result, minimal=side_stages.minimal_curve(context, threat, chain)))
         chains.append(chain)
     path = side_stages.followed_energy(context)
     corruptions = side_stages.corruption_table(context, pool)

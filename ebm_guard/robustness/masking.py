@@ -134,7 +134,7 @@ def masking_flags(evidence: MaskingEvidence) -> list[MaskingFlag]:
     for check in _CHECKS:
         seen = check.run(evidence)
         if seen is None:
-            advice = "run the attacks with the preset `standard` or `full`"
+            advice = "run the preset `standard` or `full`, with a larger time budget if one was set"
             found.append(MaskingFlag(check.name, "not_run", "not measured in this run", advice))
         else:
             raised, sentence = seen
@@ -210,7 +210,7 @@ def _large(evidence: MaskingEvidence) -> tuple[bool, str] | None:
         else "where the images of ordinary data can be changed beyond recognition"
     )
     return exceeds(last.standing, last.n), (
-        f"{last.standing} of {last.n} images were still right at epsilon {last.epsilon:.3g}, "
+        f"{last.standing} of {last.n} images were still right at epsilon {_written(last.epsilon)}, "
         f"{reach}"
     )
 
@@ -232,12 +232,12 @@ def _flat(evidence: MaskingEvidence) -> tuple[bool, str] | None:
         if low.n - low.standing >= _FELL * low.n and _stays(low, high):
             return True, (
                 f"the accuracy stays at {high.standing} to {low.standing} of {low.n} images "
-                f"between epsilon {low.epsilon:.3g} and {high.epsilon:.3g}"
+                f"between epsilon {_written(low.epsilon)} and {_written(high.epsilon)}"
             )
     first, last = points[0], points[-1]
     return False, (
         f"the accuracy moves from {first.standing} of {first.n} images at epsilon "
-        f"{first.epsilon:.3g} to {last.standing} at {last.epsilon:.3g}"
+        f"{_written(first.epsilon)} to {last.standing} at {_written(last.epsilon)}"
     )
 
 
@@ -247,6 +247,13 @@ def _stays(low: CurvePoint, high: CurvePoint) -> bool:
 
     fallen = low.standing - high.standing
     return low.standing > 0 and float(binom.cdf(fallen, low.standing, _MOVES)) <= ALPHA
+
+
+def _written(epsilon: float) -> str:
+    """Write a budget as people do: in 255ths where it is a half or whole number of them."""
+    levels = epsilon * 255
+    whole = levels < 100 and abs(2 * levels - round(2 * levels)) < 1e-6
+    return f"{levels:g}/255" if whole else f"{epsilon:.3g}"
 
 
 def _zeros(evidence: MaskingEvidence) -> tuple[bool, str] | None:

@@ -83,8 +83,8 @@ class EpsilonResult(Record):
         fooled: images wrong at this epsilon.
         rounded: share of **all** images of which no image was found that is wrong as an 8-bit file
             too; None unless all attacks ran.
-        outside: adversarial images that were not finite, or not in the ball or box, and so counted
-            as right.
+        outside: adversarial images up to here that were not finite, or not in the ball or box, and
+            so counted as right.
         gated: with the gate, or None without one.
     """
 

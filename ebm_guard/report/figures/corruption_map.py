@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-CELL_HEIGHT, CELL_WIDTH, LONE_WIDTH = 0.27, 0.48, 0.95  # inches
+CELL_HEIGHT = 0.27  # inches
+# Of a cell, by the number of severities beside each other.
+CELL_WIDTHS = {1: 0.95, 2: 0.6, 3: 0.48, 4: 0.42, 5: 0.4}
 LEFT, RIGHT, TOP, BOTTOM, TITLE = 0.28, 0.12, 0.34, 0.5, 0.3
 # The strongest tint: text in INK keeps a contrast of 4.5 on it, on light and on dark paper.
 STRONGEST = 0.42
@@ -58,7 +60,7 @@ def robustness_corruptions(
             figure.text(
                 LEFT / width,
                 (top + size[1] - 0.16) / height,
-                table["source"],
+                shorten(table["source"], 60),
                 color=INK,
                 fontsize=9.5,
                 fontweight="bold",
@@ -85,7 +87,7 @@ def _label(table: Mapping[str, Any]) -> float:
 def _inner(table: Mapping[str, Any]) -> float:
     """Return the inches of one panel's cells."""
     columns = len(table["severities"])
-    return max((LONE_WIDTH if columns == 1 else CELL_WIDTH) * columns, 1.7)
+    return max(CELL_WIDTHS[columns] * columns, 1.7)
 
 
 def _draw(figure: Figure, table: Mapping[str, Any], metric: str | None, bottom: float) -> None:
@@ -162,13 +164,13 @@ def _cell(
 ) -> None:
     """Draw one cell with its number in percent."""
     x, y, width = place
-    ax.add_patch(
+    ax.add_artist(
         Rectangle(
             (x + 0.02, y + 0.04), width - 0.04, 0.92, fill=False, edgecolor=LINE, linewidth=0.6
         )
     )
     if strength:
-        ax.add_patch(
+        ax.add_artist(
             Rectangle(
                 (x + 0.02, y + 0.04), width - 0.04, 0.92, color=colour, alpha=strength, linewidth=0
             )

@@ -104,7 +104,7 @@ def norm_table(section: Mapping[str, Any], norm: Mapping[str, Any]) -> list[dict
                 "worst": _cell(row["worst_case"], missing),
                 "success": _cell(row["success_rate"], missing or "none was right"),
                 "rounded": _cell(row["rounded"], missing),
-                "mark": row["text"] == norm["reference"],
+                "mark": _marked(section, norm, row),
             }
         )
     return rows
@@ -140,7 +140,7 @@ def gate_table(section: Mapping[str, Any], norm: Mapping[str, Any]) -> list[dict
                 "success": _cell(gated["success_rate"], missing or "none was right and accepted"),
                 "rejected": _cell(gated["rejected"], missing or "none was fooled"),
                 "forced": _cell(gated["forced_rejection"], BUDGET if forced else ""),
-                "mark": row["text"] == norm["reference"],
+                "mark": _marked(section, norm, row),
             }
         )
     return rows
@@ -152,6 +152,14 @@ def _note(section: Mapping[str, Any], norm: Mapping[str, Any], row: Mapping[str,
     if norm is first and row is chosen:
         return "the verdict's budget"
     return "reference" if row["text"] == norm["reference"] else ""
+
+
+def _marked(section: Mapping[str, Any], norm: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Tell whether a row stands out: the verdict's, and of other norms the reference."""
+    first, chosen = reference(section)
+    if norm is first and chosen is not None:
+        return row is chosen
+    return bool(row["text"] == norm["reference"])
 
 
 def right_at_first(norm: Mapping[str, Any]) -> str:

@@ -82,15 +82,15 @@ def _norm_table(section: Mapping[str, Any], norm: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     gated = robustness_view.gate_table(section, norm)
-    columns = [f"{norm['norm']} epsilon", "Right after all attacks", "Success rate"]
-    columns += ["Wrong and accepted, gate known", "gate not known"] if gated else []
+    columns = [norm["norm"], "Right after all attacks"]
+    columns += ["Wrong and accepted, gate known", "Gate not known"] if gated else []
     table = _table(*columns)
     for place, row in enumerate(robustness_view.norm_table(section, norm)):
-        cells = [row["worst"], row["success"]]
+        cells = [row["worst"]]
         if gated:
             cells += [gated[place]["known"], gated[place]["unknown"]]
-        texts = [cell["words"] or fmt.metric(cell["metric"]) for cell in cells]
-        table.add_row(Text(row["text"], style="bold" if row["mark"] else ""), *map(Text, texts))
+        texts = [Text(cell["words"] or fmt.metric(cell["metric"])) for cell in cells]
+        table.add_row(Text(row["text"], style="bold" if row["mark"] else ""), *texts)
     table.add_row()
     table.caption = Text(f"after {robustness_view.attack_labels(norm['epsilons'][0])}")
     table.caption_justify = "left"
