@@ -18,6 +18,17 @@ seed, settings and environment are in `report.json`. This table is written by
 | report | n | accuracy | ECE before -> after | T | OOD set | AUROC energy (msp) | FPR95 energy | wall | memory |
 | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: |
 """
+ATTACKED = """
+## Under attack
+
+Made by `bash reports/robustness/command.sh`. Robust accuracy: share of the attacked images that every
+attack left right, at the largest budget, an upper bound. Wrong and accepted: by an attacker who knows the
+gate, and by one who does not and stops at the first flip. Seconds are of one core of that machine, with
+other work beside it.
+
+| report | n | clean | budget | attacks | robust accuracy [95 %] | wrong and accepted, known (unknown) | gradients an image | seconds |
+| --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: |
+"""
 REST = """
 Other folders: [demo_classifier](demo_classifier/README.md) (the embedded demo's network, by seed),
 [timm_sweep](timm_sweep/README.md) (one model of every timm module), [benchmarks](benchmarks) (ratios).
@@ -28,7 +39,31 @@ def main() -> None:
     lines = []
     for path in sorted(ROOT.rglob("report.json")):
         lines += rows(path.parent.relative_to(ROOT), json.loads(path.read_text(encoding="utf-8")))
-    (ROOT / "README.md").write_text(INTRO + "\n".join(lines) + "\n" + REST, encoding="utf-8")
+    attacked = [
+        attacked_row(path.parent.relative_to(ROOT), json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(ROOT.rglob("robustness.json"))
+    ]
+    text = INTRO + "\n".join(lines) + "\n" + ATTACKED + "\n".join(attacked) + "\n" + REST
+    (ROOT / "README.md").write_text(text, encoding="utf-8")
+
+
+def attacked_row(folder: Path, report: dict[str, Any]) -> str:
+    section = report["robustness"]
+    norm, worst = section["norms"][0], section["robust_accuracy"]
+    row = next(item for item in norm["epsilons"] if item["text"] == norm["reference"])
+    gated = row["gated"]
+    cells = [
+        f"[{folder.name}]({folder}/robustness.md)",
+        f"{section['n']:,}",
+        f"{section['clean']['value']:.3f}",
+        f"{norm['norm']} {norm['reference']}",
+        ", ".join(item["label"] for item in row["attacks"]),
+        f"{worst['value']:.3f} [{worst['low']:.3f}, {worst['high']:.3f}]",
+        f"{1 - gated['aware']['value']:.3f} ({1 - gated['plain']['value']:.3f})",
+        f"{section['cost']['gradients_per_image']:,.0f}",
+        f"{section['run']['seconds']:,.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def rows(folder: Path, report: dict[str, Any]) -> list[str]:

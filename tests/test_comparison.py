@@ -91,6 +91,7 @@ def test_ood_changes_equal_an_independent_count():
     assert found["fpr95"]["better"] is True
 
 
+@pytest.mark.slow
 def test_paired_intervals_are_narrower_than_the_difference_of_two_reports():
     old, new = sets(1.0), sets(1.05)
     first, second = build_report(old[0]), build_report(new[0])
@@ -116,6 +117,7 @@ def test_rows_without_common_content_are_matched_by_position_when_labels_agree()
     assert "matched by position" in found["note"]
 
 
+@pytest.mark.slow
 def test_other_foreign_images_of_the_same_number_are_no_pairs():
     one = sets(1.0)
     other = Predictions(one[1].logits, hashes=one[1].hashes + np.uint64(77_777))
@@ -221,6 +223,7 @@ def test_weights_count_as_repeated_rows():
     assert "sample weights" not in found[True]["note"]
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, capsys):
     first, second = tmp_path / "first", tmp_path / "second"
     base = ["report", "--data", "demo:", "--ood", "far=demo:far_ood", "-q"]

@@ -182,6 +182,7 @@ def test_level_over_a_thousand_runs_of_five_thousand_steps(draw, capsys):
     assert not within_level(wrong, 1000)
 
 
+@pytest.mark.slow
 def test_level_over_epochs_and_full_capital_in_each_fails():
     """Ten epochs at full capital alarm more often than delta in all; with shares they do not."""
     split = full = 0

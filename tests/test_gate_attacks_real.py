@@ -110,6 +110,7 @@ class TestScores:
         # Strict, so that half of the images are refused and can be attacked.
         return Parts(score, Threshold.fit(score.of(rows), false_reject_rate=0.5))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["energy", "msp", "maxlogit", "gen", *FEATURE_SCORES])
     def test_descent_makes_refused_images_accepted(self, name, resnet, rows):
         classifier, examples = resnet

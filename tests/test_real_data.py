@@ -56,6 +56,7 @@ def test_resnet20_on_the_complete_test_set(resnet20):
         assert metric.low < metric.value < metric.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "energy", "fpr95", "odds"),
     [
@@ -105,6 +106,7 @@ def test_resnet20_temperature(resnet20):
         assert getattr(after, name).value == pytest.approx(new, abs=DIGITS4)
 
 
+@pytest.mark.slow
 def test_resnet20_report_shows_the_same_figures(resnet20):
     """The report's own path: protocol `calibration on the first half`, and all rows for OOD."""
     part = resnet20("test")

@@ -233,6 +233,7 @@ def probabilities(n, seed):
     return Predictions(logs, labels=part.labels, kind="probs"), part
 
 
+@pytest.mark.slow
 def test_probabilities_serve_all_but_the_energy():
     (probs, part), (far, far_part) = probabilities(400, 1), probabilities(200, 2)
     report = built(probs, ood={"far": far})

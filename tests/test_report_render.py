@@ -237,6 +237,7 @@ def test_schema_refuses(report, path, wrong):
     assert not jsonschema.Draft202012Validator(schema).is_valid(report)
 
 
+@pytest.mark.slow
 def test_same_bytes_twice_even_in_another_process(report, tmp_path):
     write_outputs(report, tmp_path / "a")
     with mpl.rc_context({"font.size": 30, "svg.fonttype": "path", "lines.linewidth": 9}):

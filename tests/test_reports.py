@@ -9,12 +9,16 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from ebm_guard.report.render import render_markdown
+from ebm_guard.report.render import render_attack_markdown, render_markdown
 from ebm_guard.report.rows import ReportRows
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path.parent for path in (ROOT / "reports").rglob("report.json"))
 SCHEMA = json.loads((ROOT / "ebm_guard" / "report" / "schema.json").read_text(encoding="utf-8"))
+ATTACKED = sorted(path.parent for path in (ROOT / "reports").rglob("robustness.json"))
+ATTACK_SCHEMA = json.loads(
+    (ROOT / "ebm_guard" / "report" / "attack_schema.json").read_text(encoding="utf-8")
+)
 
 
 def name_of(folder):
@@ -65,3 +69,54 @@ def test_the_index_names_every_report():
     index = (ROOT / "reports" / "README.md").read_text(encoding="utf-8")
     for folder in FOLDERS:
         assert f"[{name_of(folder)}]" in index
+
+
+def attacked(name):
+    folder = ROOT / "reports" / "robustness" / name
+    return json.loads((folder / "robustness.json").read_text(encoding="utf-8"))["robustness"]
+
+
+def test_there_are_robustness_reports():
+    assert {folder.name for folder in ATTACKED} >= {
+        "cifar10_resnet20",
+        "imagenet_efficientnet_lite0",
+        "mnist_lenet5_clean",
+        "mnist_lenet5_pgd_eps03",
+    }
+
+
+@pytest.mark.parametrize("folder", ATTACKED, ids=name_of)
+def test_robustness_report(folder):
+    report = json.loads((folder / "robustness.json").read_text(encoding="utf-8"))
+    jsonschema.validate(report, ATTACK_SCHEMA)
+    written = (folder / "robustness.md").read_text(encoding="utf-8")
+    assert render_attack_markdown(report) == written
+    text = (folder / "robustness.html").read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w$.])/(home|root|tmp|work|mnt|Users)/", text + json.dumps(report))
+    assert report["meta"]["title"] in (folder.parent / "command.sh").read_text(encoding="utf-8")
+    for figure in ("robustness_curve.png", "robustness_energy.svg"):
+        assert (folder / "figures" / figure).stat().st_size > 0
+    # Every number stands beside its attacks, and the gate is in the loop.
+    for norm in report["robustness"]["norms"]:
+        for row in norm["epsilons"]:
+            assert row["worst_case"] is None or row["attacks"]
+            assert row["gated"] is not None
+
+
+def test_ordinary_and_robust_nets_are_told_apart():
+    clean, robust = attacked("mnist_lenet5_clean"), attacked("mnist_lenet5_pgd_eps03")
+    assert clean["robust_accuracy"]["value"] == 0
+    # Published: 0.936 against PGD alone; the worst case over all attacks is lower.
+    assert 0.85 <= robust["robust_accuracy"]["value"] <= 0.936
+    for section in (clean, robust):
+        assert not [flag["name"] for flag in section["flags"] if flag["status"] == "raised"]
+    resnet = attacked("cifar10_resnet20")
+    assert resnet["robust_accuracy"]["value"] == 0
+    path = resnet["energy_path"]["median"]
+    assert path["end"] < path["clean"] < path["first_flip"]
+
+
+def test_the_index_names_every_robustness_report():
+    index = (ROOT / "reports" / "README.md").read_text(encoding="utf-8")
+    for folder in ATTACKED:
+        assert f"[{folder.name}](robustness/{folder.name}/robustness.md)" in index

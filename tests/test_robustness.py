@@ -207,7 +207,14 @@ def interrupted_after(stages):
     return say
 
 
-@pytest.mark.parametrize("stages", [0, 3, 7])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        3,
+        pytest.param(0, marks=pytest.mark.slow),
+        pytest.param(7, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(guard, tmp_path, stages):
     pixels, labels = demo_rows("evaluation", 12)
     options = AttackOptions(threats=THREATS, state=tmp_path / "state")
@@ -261,6 +268,7 @@ class Coin(nn.Module):
         return logits + self.scale * torch.randn_like(logits)
 
 
+@pytest.mark.slow
 def test_random_inference_is_found_and_averaged(guard):
     pixels, labels = demo_rows("evaluation", 12)
     found = evaluate_robustness(
@@ -355,6 +363,7 @@ def test_a_plan_cuts_images_and_no_steps():
     assert make_plan(scope, Speed(1, 3), 1.0).n == FEWEST
 
 
+@pytest.mark.slow
 def test_verdicts_hang_little_on_the_batch_size(guard):
     pixels, labels = demo_rows("evaluation", 64)
     curves = []
