@@ -23,7 +23,8 @@ from ebm_guard.robustness.corruptions import (
     evaluate_published,
     open_corrupted,
 )
-from ebm_guard.robustness.evaluate import AttackOptions, Images, evaluate_robustness
+from ebm_guard.robustness.evaluate import evaluate_robustness
+from ebm_guard.robustness.options import AttackOptions, Images
 from ebm_guard.robustness.presets import preset_of
 from ebm_guard.robustness.records import Robustness
 

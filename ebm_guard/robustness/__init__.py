@@ -1,6 +1,7 @@
 """Robustness of a classifier and of its gate: attacks, corruptions, and what they do not show."""
 
-from ebm_guard.robustness.evaluate import AttackOptions, Images, evaluate_robustness
+from ebm_guard.robustness.evaluate import evaluate_robustness
+from ebm_guard.robustness.options import AttackOptions, Images
 from ebm_guard.robustness.records import Robustness
 from ebm_guard.robustness.threat import Threat
 
