@@ -81,7 +81,7 @@ def test_report_without_attacks_says_so_and_a_bound_on_it_fails(tmp_path):
     [
         (["report", "--data", "demo:", "--time-budget", "2m"], "without --attacks"),
         (["attack", "--data", "demo:", "--epsilon", "8"], "8/255"),
-        (["attack", "--data", "demo:", "--norm", "l2"], "--epsilon"),
+        (["attack", "--data", "demo:", "--norm", "l7"], "linf"),
         (["attack", "--data", "demo:", "--time-budget", "soon"], "120s"),
         (["attack", "--data", "demo:", "--attacks", "quik"], "quick"),
         (["attack", "--data", "demo:", "--attacker", "mine"], "NAME=FILE.py:CALL"),

@@ -252,7 +252,6 @@ def test_a_damaged_stage_is_run_again(tmp_path):
     next((tmp_path / "state").glob("*.npz")).write_bytes(b"PK no zip")
     runner = Runner(Speed(1, 1), store=Store(tmp_path / "state", {"a": 1}, resume=True))
     assert runner.run("x", "again", lambda: {"forwards": torch.tensor([4])})["forwards"] == 4
-    assert runner.ledger.forwards == 4
 
 
 class Coin(nn.Module):
@@ -391,3 +390,139 @@ def test_a_subject_without_a_head_says_so(guard):
     pixels, _ = demo_rows("evaluation", 8)
     with pytest.raises(UnsupportedModelError, match="last linear layer"):
         Subject(classifier, parts).check(pixels)
+
+
+def test_other_corruptions_are_run_and_none_are_none(guard):
+    pixels, labels = demo_rows("evaluation", 12)
+    options = AttackOptions(threats=THREATS, corruptions="none")
+    assert evaluate_robustness(guard, pixels, labels, options=options).corruptions is None
+    found = evaluate_robustness(guard, pixels, labels, options=AttackOptions(threats=THREATS))
+    assert found.corruptions["source"] == "built-in set, not ImageNet-C"
+
+
+def test_the_cost_is_what_the_model_was_asked(guard):
+    """Count outside of the package: every pass, with and without a gradient."""
+    counts = {"gradients": 0, "forwards": 0}
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = guard.classifier.model
+
+        def forward(self, x):
+            counts["gradients" if x.requires_grad else "forwards"] += len(x)
+            return self.inner(x)
+
+    classifier = EnergyClassifier(Counted().eval(), preprocessing=guard.classifier.preprocessing)
+    pixels, labels = demo_rows("evaluation", 10)
+    found = evaluate_robustness(
+        classifier, pixels, labels, gate=guard.state().parts, options=AttackOptions(threats=THREATS)
+    )
+    # Whether probabilities come out, or gradients and noise, is asked of the model itself.
+    slack = 2 * 64 * 8
+    assert 0 <= counts["gradients"] - found.cost["gradients"] <= slack
+    assert 0 <= counts["forwards"] - found.cost["forwards"] <= slack
+
+
+class Closed(nn.Module):
+    """Detaches its input: no gradient reaches the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = demo_classifier()
+        self.pretrained_cfg = self.inner.pretrained_cfg
+
+    def forward(self, x):
+        return self.inner(x.detach())
+
+
+def test_a_model_without_gradients_is_judged_by_square_alone():
+    pixels, labels = demo_rows("evaluation", 6)
+    found = evaluate_robustness(
+        EnergyClassifier(Closed().eval()),
+        pixels,
+        labels,
+        options=AttackOptions(threats=(Threat.of("linf", ["0.4"]),), corruptions="none"),
+    )
+    assert [item.name for item in found.norms[0].epsilons[0].attacks] == ["square"]
+    assert found.norms[0].epsilons[0].worst_case.value < found.clean.value
+    statuses = {flag["name"]: flag["status"] for flag in found.flags}
+    assert statuses["hidden_gradient"] == "raised"
+    assert any("Square" in item["reason"] for item in found.left_out)
+
+
+def test_nothing_right_is_no_robustness(guard):
+    from ebm_guard.report.robustness_section import robustness_section
+
+    pixels, labels = demo_rows("evaluation", 8)
+    right = guard.classifier(guard.classifier.pixels(pixels)).argmax(dim=1)
+    found = evaluate_robustness(
+        guard,
+        pixels,
+        (right + 1) % 3,
+        options=AttackOptions(threats=THREATS, corruptions="none"),
+    )
+    section = robustness_section(found)
+    assert section.verdict.status == "unclear"
+    assert "check labels" in section.verdict.sentence.lower()
+
+
+def cut_short(found):
+    """The same evaluation, its two larger budgets cut by the time budget."""
+    (norm,) = found.norms
+    rows = [norm.epsilons[0]]
+    for row in norm.epsilons[1:]:
+        gated = replace(row.gated, aware=None, plain=None)
+        rows.append(replace(row, worst_case=None, gated=gated))
+    return replace(found, norms=(replace(norm, epsilons=tuple(rows)),))
+
+
+def test_a_smaller_budget_never_answers_for_the_reference(found):
+    from ebm_guard.report.robustness_section import robustness_section
+
+    section = robustness_section(cut_short(found))
+    assert section.robust_accuracy is None
+    assert section.gated_accuracy is None
+    assert "The reference 0.4 was not run: budget" in section.verdict.sentence
+    assert "at linf 0.15" in section.verdict.sentence
+
+
+def test_what_an_authors_attack_adds_counts(found):
+    from ebm_guard.intervals import proportion
+    from ebm_guard.report.robustness_section import robustness_section
+
+    lower = proportion(0, N).to_dict()
+    reference = {"label": "pyautoattack standard", "epsilon": "0.4", "attacked": 3, "fooled": 3,
+                 "robust_accuracy": lower, "version": "", "messages": []}  # fmt: skip
+    section = robustness_section(replace(found, reference=reference))
+    assert section.robust_accuracy.value == 0
+    assert "pyautoattack" in section.verdict.sentence
+
+
+def test_rows_that_were_not_kept_are_run_again(tmp_path, guard):
+    """A stage belongs to its rows: with other rows it is not taken from the folder."""
+    from ebm_guard.robustness.runner import rows_key
+
+    assert rows_key(torch.tensor([1, 2])) != rows_key(torch.tensor([1, 3]))
+    pixels, labels = demo_rows("evaluation", 12)
+    options = AttackOptions(threats=THREATS, state=tmp_path / "state", corruptions="none")
+    whole = evaluate_robustness(guard, pixels, labels, options=options)
+    # What a budget left out is missing in the folder: take one stage away.
+    files = sorted((tmp_path / "state").glob("*.npz"))
+    for file in files[::3]:
+        file.unlink()
+    again = evaluate_robustness(guard, pixels, labels, options=replace(options, resume=True))
+    left, right = plain(again), plain(whole)
+    assert left == right
+
+
+def test_bad_input_is_refused_before_the_work(guard):
+    pixels, labels = demo_rows("evaluation", 4)
+    with pytest.raises(InvalidInputError, match="needed torch tensors"):
+        evaluate_robustness(guard, pixels.numpy(), labels)
+    with pytest.raises(InvalidInputError, match="OOD set far"):
+        evaluate_robustness(guard, pixels, labels, ood={"far": pixels * 255})
+    with pytest.raises(InvalidInputError, match="whole number"):
+        AttackOptions(seed=-1)
+    with pytest.raises(InvalidInputError, match="labels from 0 to 77"):
+        evaluate_robustness(guard, pixels, torch.tensor([0, 1, 2, 77]))

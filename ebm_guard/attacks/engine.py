@@ -340,15 +340,17 @@ class _Book:
         if answer.gradient is not None:
             still = (answer.gradient == 0).flatten(1).all(dim=1)
             found.zero_gradients[rows] += still.cpu().long()
+        # The answers lie where the model runs, the images where the user holds them.
         objective = answer.objective.to(found.objective)
+        success = answer.success.to(found.success.device)
         better = objective > found.objective[rows.to(objective.device)]
         if self._until == "success":
-            better = better | answer.success
+            better = better | success
         # The first image always counts: an objective of NaN or -inf is never better.
         better = torch.ones_like(better) if self._until == "last" or index == 0 else better
         kept = rows[better.cpu()].to(found.pixels.device)
         found.pixels[kept] = pixels[better]
-        found.success[kept] = answer.success[better]
+        found.success[kept] = success[better]
         found.objective[kept] = objective[better]
         found.step[kept.cpu()] = index
 

@@ -82,7 +82,7 @@ class PixelModel(nn.Module):
         rows = len(pixels)
         self.forwards += rows
         # A copy: some attacks write into the logits.
-        logits = self._held[0](pixels).logits.clone()
+        logits = self._held[0](pixels).logits.to(pixels.device).clone()
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
         if logits.requires_grad:

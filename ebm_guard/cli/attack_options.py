@@ -60,17 +60,11 @@ class AttackChoices:
         """Return the norm with its budgets, or None for those of the literature.
 
         Raises:
-            InvalidInputError: a budget that is no number, or a norm without budgets.
+            InvalidInputError: a budget that is no number.
         """
-        from ebm_guard.errors import InvalidInputError
         from ebm_guard.robustness.threat import Threat
 
         if not self.epsilon:
-            if self.norm not in (None, "linf"):
-                raise InvalidInputError(
-                    f"got --norm {self.norm} without --epsilon; give budgets, such as "
-                    "--epsilon 0.5 --epsilon 1"
-                )
             return None
         return (Threat.of(self.norm or "linf", self.epsilon),)
 
@@ -112,7 +106,9 @@ def _options(default: str | None) -> tuple[Any, ...]:
             help="Such as 120s or 2m: fewer images are attacked, and what does not fit is named "
             "as not run.",
         ),
-        click.option("--norm", type=click.Choice(NORMS), help="Of --epsilon; default: linf."),
+        click.option(
+            "--norm", type=click.Choice(NORMS), help="Only this norm; of --epsilon, default: linf."
+        ),
         click.option(
             "--epsilon",
             multiple=True,

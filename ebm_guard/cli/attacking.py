@@ -88,6 +88,7 @@ def attack(
     options = AttackOptions(
         preset=str(choices.attacks),
         threats=choices.threats(),
+        norm=choices.norm,
         images=choices.attack_images,
         time_budget=choices.time_budget,
         seed=session.options.seed,
@@ -97,7 +98,6 @@ def attack(
         attackers=choices.attackers(),
         corruptions=choices.corruptions,
     )
-    scores = None if gate is None else gate.score.of(evaluation)
     published = [open_corrupted(folder) for folder in choices.corrupted]
     try:
         with model_errors("an attack"):
@@ -107,7 +107,6 @@ def attack(
                 gate=gate,
                 no_gate=no_gate,
                 ood=_ood(session, parts, choices),
-                id_scores=scores,
                 options=options,
                 on_plan=None if session.options.quiet else show_plan,
                 say=None if session.options.quiet else say,
@@ -225,5 +224,8 @@ def _ood(
             continue
         order = np.random.default_rng([session.options.seed, 19]).permutation(len(part))
         chosen = np.sort(order[:limit])
-        found[name] = session.pixels(name, part.names(list(chosen)))
+        try:
+            found[name] = session.pixels(name, part.names(list(chosen)))
+        except InvalidInputError as error:
+            click.echo(f"warning: {name} is not attacked: {error}", err=True)
     return found

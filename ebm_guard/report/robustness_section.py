@@ -13,6 +13,7 @@ from ebm_guard.robustness.records import EpsilonResult, NormResult, Robustness
 NOT_ASKED = "no attack and no corruption was asked for; add --attacks quick"
 # Shares of the clean accuracy that the verdict's words stand for.
 _KEPT, _SOME = 0.8, 0.5
+_METRIC = ("value", "low", "high", "n", "method")
 
 
 @dataclass(frozen=True)
@@ -49,15 +50,26 @@ def robustness_section(found: Robustness | None) -> RobustnessSection | NotRun:
     if found is None:
         return NotRun(NOT_ASKED)
     norm, row = reference(found)
-    gated = None if row is None or row.gated is None else row.gated.aware
+    # Of the reference or of nothing: a bound must not be met at a smaller epsilon.
+    asked = norm.at(norm.reference)
+    gated = None if asked.gated is None else asked.gated.aware
     table = found.corruptions
     return RobustnessSection(
         verdict=_verdict(found, norm, row),
-        robust_accuracy=None if row is None else row.worst_case,
+        robust_accuracy=_lowest(found, asked),
         gated_accuracy=gated,
         corrupted_accuracy=None if table is None else table["summary"]["accuracy"],
         found=found,
     )
+
+
+def _lowest(found: Robustness, row: EpsilonResult) -> Metric | None:
+    """Return the robust accuracy after all attacks, a foreign implementation among them."""
+    other = found.reference
+    if row.worst_case is None or other is None or not other["fooled"]:
+        return row.worst_case
+    values = {name: other["robust_accuracy"][name] for name in _METRIC}
+    return Metric(**values)
 
 
 def reference(found: Robustness) -> tuple[NormResult, EpsilonResult | None]:
@@ -77,11 +89,23 @@ def _verdict(found: Robustness, norm: NormResult, row: EpsilonResult | None) -> 
             "The time budget allowed no whole attack",
             "No robust accuracy is given: a part of the attacks would be a weaker number.",
         )
-    worst, clean = row.worst_case, found.clean
+    if not found.clean.value:
+        return Verdict(
+            UNCLEAR,
+            "Nothing was right, so there was nothing to attack",
+            f"None of the {found.n} images is named rightly without attack. Check labels and "
+            "normalisation.",
+        )
+    at_reference = row.text == norm.reference
+    worst = (_lowest(found, row) if at_reference else None) or row.worst_case
+    clean = found.clean
     raised = [flag for flag in found.flags if flag["status"] == "raised"]
     status, headline = _words(worst, clean)
-    attacks = ", ".join(item.label for item in row.attacks)
-    sentence = (
+    names = [item.label for item in row.attacks]
+    names += ["pyautoattack"] if at_reference and found.reference is not None else []
+    attacks = ", ".join(names)
+    sentence = "" if at_reference else f"The reference {norm.reference} was not run: budget. "
+    sentence += (
         f"Robust accuracy at {norm.norm} {row.text}: {_percent(worst.value)} "
         f"({_percent(worst.low or 0)} to {_percent(worst.high or 0)}, n = {worst.n}) against "
         f"{attacks}; {_percent(clean.value)} without attack. An upper bound: a stronger attack may "
@@ -93,9 +117,12 @@ def _verdict(found: Robustness, norm: NormResult, row: EpsilonResult | None) -> 
             f" With the gate, {_percent(1 - gated.aware.value)} of the images can be made wrong "
             "and accepted by an attacker who knows it"
         )
-        sentence += (
-            f" ({_percent(1 - gated.plain.value)} by one who does not)." if gated.plain else "."
-        )
+        if gated.plain is not None:
+            first = _percent(1 - gated.plain.value)
+            sentence += f" ({first} by one who stops at the first flip)"
+        sentence += "."
+    if found.label_source != "true labels":
+        sentence += " Without labels, right means: as the model says without attack."
     if raised and status != BAD:
         status = ATTENTION
         headline = "The attacks may be blinded: do not trust the robust accuracy"
@@ -117,7 +144,7 @@ def _percent(share: float) -> str:
 
 def _words(worst: Metric, clean: Metric) -> tuple[str, str]:
     low, high = worst.low or 0.0, worst.high or 0.0
-    if high < _SOME * clean.value:
+    if high < _SOME * clean.value or not worst.value:
         if worst.value <= 0.02:
             return BAD, "No protection against deliberate attack, as in any ordinary net"
         return BAD, "Deliberate attacks break most of what it gets right"

@@ -29,10 +29,11 @@ from ebm_guard.robustness.gate_attacks import Source, score_has_gradient
 from ebm_guard.robustness.gated import GateChain, attack_gate, attack_ood
 from ebm_guard.robustness.label_flips import Chain, Context, attack_epsilon, sharpen
 from ebm_guard.robustness.masking import random_forward
+from ebm_guard.robustness.masking_probes import CLOSED, forward_problem
 from ebm_guard.robustness.masking_stage import flags_of
 from ebm_guard.robustness.options import CORRUPTION_SETS, AttackOptions, Images
 from ebm_guard.robustness.plan import Plan, Scope, make_plan, pilot
-from ebm_guard.robustness.presets import Attacker, preset_of
+from ebm_guard.robustness.presets import Attacker, preset_of, without_gradients
 from ebm_guard.robustness.records import EpsilonResult, NormResult, OodResult, Robustness
 from ebm_guard.robustness.runner import Runner, Store, measure_speed
 from ebm_guard.robustness.subject import Subject
@@ -92,15 +93,26 @@ def evaluate_robustness(
     classifier, parts = _resolved(model, gate)
     subject = Subject(classifier, parts, batch_size=options.batch_size)
     given = images if isinstance(images, Images) else Images(images, labels)
+    foreign = {name: _foreign_pixels(name, pixels) for name, pixels in (ood or {}).items()}
+    checked = _checked(given)
     with subject.untouched(options.seed):
-        subject.check(given.pixels)
-        examples, label_source = _examples(subject, given)
+        subject.check(checked.pixels)
+        examples, label_source = _labelled(subject, checked, known=given.labels is not None)
         examples = _shuffled(examples, options.seed)
-        noisy = random_forward(subject.forward, examples.select(slice(0, 8)))
+        few = examples.select(slice(0, 8))
+        noisy = random_forward(subject.forward, few)
+        closed = forward_problem(subject.forward, few).startswith(CLOSED)
         if noisy:
             subject = subject.with_draws(_DRAWS)
         context, plan = _prepared(
-            subject, examples, options, ood or {}, _EOT if noisy else 1, started, say
+            subject,
+            examples,
+            options,
+            foreign,
+            _EOT if noisy else 1,
+            started,
+            say,
+            closed=closed,
         )
         if on_plan is not None:
             on_plan(plan)
@@ -112,7 +124,7 @@ def evaluate_robustness(
             of=given.of or len(examples),
             label_source=label_source,
             no_gate=no_gate,
-            ood=ood or {},
+            ood=foreign,
             id_scores=id_scores,
             noisy=noisy,
             started=started,
@@ -134,20 +146,37 @@ def _resolved(model: Any, gate: Parts | None) -> tuple[EnergyClassifier, Parts |
     return model.classifier, gate
 
 
-def _examples(subject: Subject, given: Images) -> tuple[Examples, str]:
-    """Check the images; without labels the predicted classes stand for them."""
-    pixels, labels, source = given.pixels, given.labels, "true labels"
-    if labels is None:
+def _checked(given: Images) -> Examples:
+    """Check the images; they are held on the CPU, and go to the model batch by batch."""
+    pixels, labels = given.pixels, given.labels
+    if labels is None and isinstance(pixels, Tensor):
         labels = torch.zeros(len(pixels), dtype=torch.int64)
-    examples = Examples.of(pixels, labels, given.ids)
-    if given.labels is None:
-        with torch.no_grad():
-            parts = [
-                subject.forward(part).logits.argmax(dim=1).cpu()
-                for part in torch.split(examples.pixels, subject.batch_size)
-            ]
-        examples, source = replace(examples, labels=torch.cat(parts)), "predicted labels"
-    return examples, source
+    if not isinstance(pixels, Tensor) or not isinstance(labels, Tensor):
+        raise InvalidInputError(
+            f"got images as {type(pixels).__name__} and labels as {type(labels).__name__}; needed "
+            "torch tensors: pixels (N, C, H, W) in [0, 1], labels (N,) int64"
+        )
+    return Examples.of(pixels.cpu(), labels.cpu(), given.ids)
+
+
+def _foreign_pixels(name: str, pixels: Tensor) -> Tensor:
+    """Check OOD images before the work."""
+    try:
+        return _checked(Images(pixels)).pixels
+    except InvalidInputError as error:
+        raise InvalidInputError(f"OOD set {name}: {error}") from None
+
+
+def _labelled(subject: Subject, examples: Examples, *, known: bool) -> tuple[Examples, str]:
+    """Without labels the predicted classes stand for them."""
+    if known:
+        return examples, "true labels"
+    with torch.no_grad():
+        parts = [
+            subject.forward(part).logits.argmax(dim=1).cpu()
+            for part in torch.split(examples.pixels, subject.batch_size)
+        ]
+    return replace(examples, labels=torch.cat(parts)), "predicted labels"
 
 
 def _shuffled(examples: Examples, seed: int) -> Examples:
@@ -164,6 +193,8 @@ def _prepared(
     eot_samples: int,
     started: float,
     say: Callable[[str], None] | None,
+    *,
+    closed: bool,
 ) -> tuple[Context, Plan]:
     """Measure what an image costs, plan, and judge the chosen images as they are."""
     num_classes = _num_classes(subject, pool)
@@ -175,32 +206,52 @@ def _prepared(
     corruption_facts(names)
     preset = replace(preset, corruptions=names)
     channels = pool.pixels.shape[1]
-    threats = options.threats or default_threats(channels, with_l2=preset.with_l2)
+    threats = options.threats or tuple(
+        threat
+        for threat in default_threats(channels, with_l2=preset.with_l2 or options.norm is not None)
+        if options.norm in (None, threat.norm)
+    )
+    if closed:
+        preset = without_gradients(preset)
     foreign = tuple(Attacker.foreign(name, call) for name, call in options.attackers.items())
     preset = replace(preset, attackers=preset.attackers + foreign)
     store = None
     if options.state is not None:
-        fingerprint = _fingerprint(subject, pool, options, threats)
+        fingerprint = _fingerprint(subject, pool, options, threats, ood)
         store = Store(options.state, fingerprint, resume=options.resume)
-    speed = measure_speed(subject, pool)
+    speed = measure_speed(subject, pool, gradient=not closed)
     scope = Scope(
         preset,
         threats,
-        pilot(subject, pool, threats, options.seed),
+        pilot(subject, pool, threats, options.seed, gradient=not closed),
         len(pool),
         subject.parts is not None,
         {name: len(pixels) for name, pixels in ood.items()},
         eot_samples,
     )
-    plan = make_plan(scope, speed, options.time_budget)
+    budget = options.time_budget
+    left = None if budget is None else max(0.0, budget - (time.perf_counter() - started))
+    plan = replace(make_plan(scope, speed, left), time_budget=budget)
     kept = None if store is None else store.get("plan")
     if kept is not None:
         # The speed of today may ask for another number; the results that are kept decide.
-        plan = replace(plan, n=int(kept["n"]))
+        plan = replace(
+            make_plan(replace(scope, available=int(kept["n"])), speed, None),
+            time_budget=options.time_budget,
+            cut=bool(kept["cut"]),
+        )
     elif store is not None:
-        store.put("plan", {"n": np.array(plan.n)})
+        store.put("plan", {"n": np.array(plan.n), "cut": np.array(plan.cut)})
     examples = pool.select(slice(0, plan.n))
-    runner = Runner(speed, time_budget=options.time_budget, store=store, say=say, started=started)
+    runner = Runner(
+        speed,
+        time_budget=options.time_budget,
+        store=store,
+        say=say,
+        started=started,
+        counts=subject.counts,
+        seed=options.seed,
+    )
     context = Context(
         subject=subject,
         examples=examples,
@@ -212,6 +263,9 @@ def _prepared(
         eot_samples=eot_samples,
         gate_source=_gate_source(subject, examples),
     )
+    if closed:
+        reason = "no gradient reaches the pixels, so only Square and attacks that were given ran"
+        runner.ledger.left_out.append({"name": "attacks by gradient", "reason": reason})
     return context, plan
 
 
@@ -239,11 +293,17 @@ def _gate_source(subject: Subject, examples: Examples) -> Source:
 
 
 def _fingerprint(
-    subject: Subject, pool: Examples, options: AttackOptions, threats: tuple[Threat, ...]
+    subject: Subject,
+    pool: Examples,
+    options: AttackOptions,
+    threats: tuple[Threat, ...],
+    ood: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Name what kept results hang on."""
     content = hashlib.blake2b(pool.pixels.numpy().tobytes(), digest_size=16)
-    content.update(pool.labels.numpy().tobytes())
+    content.update(pool.labels.numpy().tobytes() + pool.ids.numpy().tobytes())
+    for name, pixels in ood.items():
+        content.update(name.encode() + pixels.numpy().tobytes())
     for module in () if subject.parts is None else vars(subject.parts).values():
         for name, value in {} if module is None else module.state_dict().items():
             content.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
@@ -254,6 +314,8 @@ def _fingerprint(
         "images": options.images,
         "threats": [[threat.norm, *(item.text for item in threat.epsilons)] for threat in threats],
         "seed": options.seed,
+        "batch_size": options.batch_size,
+        "score": None if subject.parts is None else subject.parts.score.name,
         "attackers": sorted(options.attackers),
         "corruptions": options.corruptions,
         "package": summary.package_version(),
@@ -283,7 +345,8 @@ def _evaluated(
     corruptions = side_stages.corruption_table(context, pool)
     sets = {} if context.subject.parts is None else _ood(context, ood, id_scores)
     flags = flags_of(context, norms[0], chains[0], noisy=noisy)
-    reference = side_stages.reference_on_survivors(context, chains[0])
+    reference = side_stages.reference_on_survivors(context, norms[0], chains[0])
+    context.runner.settle()
     n, clean = len(context.examples), context.clean
     return Robustness(
         preset=context.preset.name,
@@ -317,12 +380,14 @@ def _attacked(context: Context, threat: Threat) -> tuple[NormResult, Chain]:
     rows: list[EpsilonResult] = []
     for index, epsilon in enumerate(threat.epsilons):
         results, complete = attack_epsilon(context, threat, index, chain)
-        sharpen(context, threat, index, chain)
+        as_files = sharpen(context, threat, index, chain)
         gated = None
         if gate is not None:
             gated = attack_gate(context, threat, index, chain, gate, complete=complete)
         rows.append(
-            summary.epsilon_result(context, epsilon, results, chain, gated, complete=complete)
+            summary.epsilon_result(
+                context, epsilon, results, chain, gated, complete=complete, as_files=as_files
+            )
         )
     return NormResult(threat.norm, threat.reference.text, tuple(rows)), chain
 
@@ -333,6 +398,11 @@ def _ood(
     """Run aim D on every OOD set, along the first norm."""
     if not context.preset.ood_images:
         return {}
+    if not ood:
+        reason = "no OOD set of images was given; add --ood NAME=SPEC"
+        context.runner.ledger.left_out.append(
+            {"name": "make unknown images accepted", "reason": reason}
+        )
     scores = context.clean.score.numpy() if id_scores is None else id_scores
     found = {}
     for name, pixels in ood.items():

@@ -22,7 +22,7 @@ from ebm_guard.ood.metrics import auroc, fpr95
 from ebm_guard.robustness.gate_attacks import ScoreDescent, try_all
 from ebm_guard.robustness.label_flips import Chain, Context
 from ebm_guard.robustness.records import GatedResult, OodEpsilon, OodResult
-from ebm_guard.robustness.runner import BUDGET, Arrays, tensor
+from ebm_guard.robustness.runner import BUDGET, Arrays, rows_key, tensor
 from ebm_guard.robustness.subject import inside
 from ebm_guard.robustness.threat import Epsilon, Threat
 
@@ -228,7 +228,7 @@ def _aim_b(
         return _judged(context, outcome, examples, threat.norm, epsilon.value)
 
     found = context.runner.run(
-        f"gate/{threat.norm}/{epsilon.text}",
+        f"gate/{threat.norm}/{epsilon.text}/{rows_key(rows)}",
         f"flip and accepted at {threat.norm} {epsilon.text}, {len(rows)} images",
         work,
         **_cost(context, "accepted_flip", len(rows)),
@@ -272,7 +272,7 @@ def _aim_c(
         return _judged(context, outcome, examples, threat.norm, epsilon.value)
 
     found = context.runner.run(
-        f"refuse/{threat.norm}/{epsilon.text}",
+        f"refuse/{threat.norm}/{epsilon.text}/{rows_key(rows)}",
         f"force a rejection at {threat.norm} {epsilon.text}, {len(rows)} images",
         work,
         **_cost(context, "forced_rejection", len(rows)),

@@ -21,7 +21,7 @@ from ebm_guard.intervals import Metric, proportion
 from ebm_guard.robustness.gate_attacks import Attempt, Source, gate_plan
 from ebm_guard.robustness.presets import Attacker, Preset
 from ebm_guard.robustness.records import AttackResult
-from ebm_guard.robustness.runner import BUDGET, Arrays, Runner, tensor
+from ebm_guard.robustness.runner import BUDGET, Arrays, Runner, rows_key, tensor
 from ebm_guard.robustness.subject import Judged, Subject, inside, rounded
 from ebm_guard.robustness.threat import Epsilon, Threat
 
@@ -95,6 +95,7 @@ class Chain:
         wrong_rounded: (N,) bool, an image was found that is wrong after rounding too.
         fallen_at: (N,) index of the epsilon they fell at; -1 where wrong from the start, and the
             number of epsilons where they stand.
+        margin: (N,) of ``pixels``, see :class:`~ebm_guard.robustness.subject.Judged`.
         outside: images that a foreign or broken step put outside the ball.
     """
 
@@ -103,6 +104,7 @@ class Chain:
     taken: Tensor
     wrong_rounded: Tensor
     fallen_at: Tensor
+    margin: Tensor
     outside: int = 0
 
     @classmethod
@@ -116,12 +118,16 @@ class Chain:
             (clean.taken & clean.wrong).clone(),
             as_files.wrong & clean.wrong,
             torch.where(clean.wrong, -1, len(threat.epsilons)),
+            clean.margin.clone(),
         )
 
     def take_over(self, rows: Tensor, found: Arrays, index: int) -> int:
         """Enter what a stage found for some rows; return how many it fooled."""
-        fooled = tensor(found["fooled"])
-        self.pixels[rows] = tensor(found["pixels"])
+        fooled, margin = tensor(found["fooled"]), tensor(found["margin"])
+        # An attack on another loss may end further away than the one before it.
+        nearer = fooled | (margin > self.margin[rows])
+        self.pixels[rows[nearer]] = tensor(found["pixels"])[nearer]
+        self.margin[rows[nearer]] = margin[nearer]
         self.fooled[rows] = fooled
         self.taken[rows] = tensor(found["taken"])
         self.wrong_rounded[rows] = tensor(found["wrong_rounded"])
@@ -160,8 +166,8 @@ def attack_epsilon(
     return results, complete
 
 
-def sharpen(context: Context, threat: Threat, index: int, chain: Chain) -> None:
-    """Push fooled images on until they are wrong as 8-bit files too.
+def sharpen(context: Context, threat: Threat, index: int, chain: Chain) -> bool:
+    """Push fooled images on until they are wrong as 8-bit files too; return whether that ran.
 
     The attacks stop at the border, where half a grey value undoes the flip; that would make files
     look safer than they are. Rounding is a part of the forward pass here, its gradient the
@@ -169,9 +175,11 @@ def sharpen(context: Context, threat: Threat, index: int, chain: Chain) -> None:
     """
     epsilon = threat.epsilons[index]
     rows = torch.nonzero(chain.fooled & ~chain.wrong_rounded).squeeze(1)
-    # Between two grey values lies no other file.
-    if not len(rows) or (threat.norm == "linf" and epsilon.value < 1 / 255):
-        return
+    # Whole grey values only, so that rounding does not lead out of the ball.
+    levels = int(epsilon.value * 255 + 1e-6)
+    radius = levels / 255 if threat.norm == "linf" else epsilon.value
+    if not len(rows) or not radius:
+        return True
     examples, rule = context.examples.select(rows), PGD(_SHARPEN, norm=threat.norm)
     forward = context.subject.forward
 
@@ -179,17 +187,19 @@ def sharpen(context: Context, threat: Threat, index: int, chain: Chain) -> None:
         query = context.query(Misclassify("margin"))
         query.forward = lambda pixels: forward(pixels + (rounded(pixels) - pixels).detach())
         place = (context.seed, 5, index)
-        outcome = climb(rule, query, examples, epsilon.value, start=chain.pixels[rows], seed=place)
-        return judged_outcome(context, outcome, examples, threat.norm, epsilon.value)
+        outcome = climb(rule, query, examples, radius, start=chain.pixels[rows], seed=place)
+        found = judged_outcome(context, outcome, examples, threat.norm, epsilon.value)
+        return {"wrong_rounded": found["wrong_rounded"]}
 
     found = context.runner.run(
-        f"rounded/{threat.norm}/{epsilon.text}",
+        f"rounded/{threat.norm}/{epsilon.text}/{rows_key(rows)}",
         f"wrong after rounding at {threat.norm} {epsilon.text}, {len(rows)} images",
         work,
         **context.cost(len(rows), _SHARPEN, gradient=True),
     )
     if found is not None:
         chain.wrong_rounded[rows] = tensor(found["wrong_rounded"])
+    return found is not None
 
 
 def _stage(
@@ -210,7 +220,7 @@ def _stage(
         return judged_outcome(context, outcome, examples, threat.norm, epsilon.value)
 
     return context.runner.run(
-        f"flip/{threat.norm}/{epsilon.text}/{attacker.label}",
+        f"flip/{threat.norm}/{epsilon.text}/{attacker.label}/{rows_key(rows)}",
         f"{attacker.label} at {threat.norm} {epsilon.text}, {len(rows)} images",
         work,
         **context.cost(len(rows), attacker.steps, gradient=gradient),
@@ -234,7 +244,7 @@ def run_goals(
             examples,
             epsilon.value,
             norm=norm,
-            seed=(context.seed, *place),
+            seed=(context.seed, 1, *place),
             name=attacker.label,
         )
     rule = attacker.rule(norm)
@@ -246,7 +256,7 @@ def run_goals(
             examples.select(rows),
             epsilon.value,
             start=None if start is None else start[rows],
-            seed=(context.seed, *place, number),
+            seed=(context.seed, 1, *place, number),
         )
         total = outcome if total is None else total.with_rows(rows, outcome)
         rows = torch.nonzero(~total.success.cpu()).squeeze(1)
@@ -270,17 +280,30 @@ def judged_outcome(
     )
     judged = context.subject.judge(kept, examples.labels)
     as_files = context.subject.judge_rounded(kept, examples.labels)
+    files_inside = inside(rounded(kept), examples, norm, epsilon + _rounding(examples, norm))
     fooled = judged.wrong & valid
     forwards = outcome.forwards - outcome.gradients
     return {
         "pixels": kept,
         "fooled": fooled,
         "taken": judged.taken & fooled,
-        "wrong_rounded": as_files.wrong & valid,
+        "wrong_rounded": as_files.wrong & valid & files_inside,
+        "margin": judged.margin,
         "outside": int((~valid).sum()),
         "gradients": outcome.gradients,
         "forwards": forwards.clamp(min=0),
     }
+
+
+def _rounding(examples: Examples, norm: str) -> Tensor:
+    """Say how far rounding may lead out of a ball, (N,).
+
+    In linf not at all, where the clean image is a file itself; else half a grey value, and in l2
+    that for every pixel.
+    """
+    if norm == "linf":
+        return (rounded(examples.pixels) - examples.pixels).abs().flatten(1).amax(dim=1)
+    return torch.full((len(examples),), 0.5 / 255 * examples.pixels[0].numel() ** 0.5)
 
 
 def _total(found: Arrays | None, name: str) -> int:

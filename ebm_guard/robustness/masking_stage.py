@@ -24,6 +24,7 @@ from ebm_guard.robustness.masking import (
     probe_model,
 )
 from ebm_guard.robustness.records import NormResult
+from ebm_guard.robustness.runner import rows_key
 
 _ENOUGH = 16
 # A few thousand queries in all: it is a sign here and no attack.
@@ -36,9 +37,9 @@ def flags_of(
     """Judge by the signs of masked gradients whether the robust accuracy can be trusted."""
     evidence = MaskingEvidence(
         square_only=_square_only(context, norm, chain),
-        fgsm_only=_fgsm_only(context, chain),
+        fgsm_only=_fgsm_only(context, norm, chain),
         curve=_curve(context, norm),
-        **_swept(context, chain),
+        **_swept(context, norm, chain),
         **_probed(context),
     )
     if noisy:
@@ -46,15 +47,19 @@ def flags_of(
     return tuple(flag.to_dict() for flag in masking_flags(evidence))
 
 
-def _standing(context: Context, chain: Chain) -> tuple[int, Tensor] | None:
+def _standing(norm: NormResult, chain: Chain) -> tuple[int, Tensor] | None:
     """Choose the largest epsilon at which enough images stand, and return these images.
 
     Where nowhere enough stand, the epsilon with the most of them; None without any.
     """
     found = [
         (index, torch.nonzero(chain.fallen_at > index).squeeze(1))
-        for index in range(len(context.threats[0].epsilons))
+        for index, row in enumerate(norm.epsilons)
+        # Where an attack was left out, an image stands because nobody tried.
+        if row.worst_case is not None
     ]
+    if not found:
+        return None
     enough = [item for item in found if len(item[1]) >= _ENOUGH]
     chosen = enough[-1] if enough else found[0]
     return chosen if len(chosen[1]) else None
@@ -65,14 +70,17 @@ def _square_only(context: Context, norm: NormResult, chain: Chain) -> Count | No
     names = [attacker.name for attacker in context.preset.attackers]
     if "square" in names:
         place, n = names.index("square"), len(context.examples)
+        if not place:  # nothing ran before it that it could beat
+            return None
         counts = []
         for row in norm.epsilons:
             left = row.attacks[place - 1].robust_accuracy
             if row.worst_case is not None and left is not None:
                 counts.append(Count(row.attacks[place].fooled, round(left.value * n)))
-        # The epsilon at which it fooled most; of these, the one with most images left to it.
-        return max(counts, key=lambda item: (item.count, item.n), default=None)
-    found = _standing(context, chain)
+        # The epsilon at which its share is the largest; of these, the one with most images.
+        counts = [item for item in counts if item.n]
+        return max(counts, key=lambda item: (item.count / item.n, item.n), default=None)
+    found = _standing(norm, chain)
     if found is None or not context.preset.square_queries:
         return None
     found = (found[0], found[1][:_SHOWN_TO_SQUARE])
@@ -85,10 +93,10 @@ def _square_only(context: Context, norm: NormResult, chain: Chain) -> Count | No
     return None if fooled is None else Count(fooled, len(found[1]))
 
 
-def _fgsm_only(context: Context, chain: Chain) -> Count | None:
+def _fgsm_only(context: Context, norm: NormResult, chain: Chain) -> Count | None:
     """Count the images that FGSM fooled and PGD left."""
-    found = _standing(context, chain)
-    if found is None:
+    found = _standing(norm, chain)
+    if found is None or not any(item.needs_gradient for item in context.preset.attackers):
         return None
     fooled = _plainly(context, FGSM(context.threats[0].norm), "FGSM", found)
     return None if fooled is None else Count(fooled, len(found[1]))
@@ -104,10 +112,11 @@ def _plainly(
     def work() -> Mapping[str, Any]:
         query = context.query(Misclassify("margin"))
         outcome = climb(rule, query, examples, epsilon.value, seed=(context.seed, 6))
-        return judged_outcome(context, outcome, examples, threat.norm, epsilon.value)
+        found = judged_outcome(context, outcome, examples, threat.norm, epsilon.value)
+        return {"fooled": found["fooled"]}
 
     kept = context.runner.run(
-        f"flag/{label}",
+        f"flag/{label}/{index}/{rows_key(rows)}",
         f"{label} as a flag at {threat.norm} {epsilon.text}, {len(rows)} images",
         work,
         **context.cost(len(rows), rule.num_steps, gradient=rule.needs_gradient),
@@ -125,9 +134,9 @@ def _curve(context: Context, norm: NormResult) -> list[CurvePoint]:
     ]
 
 
-def _swept(context: Context, chain: Chain) -> dict[str, Any]:
+def _swept(context: Context, norm: NormResult, chain: Chain) -> dict[str, Any]:
     """Attack at large budgets, and with twice the steps."""
-    found = _standing(context, chain)
+    found = _standing(norm, chain)
     subject, threat = context.subject, context.threats[0]
     if not context.preset.sweep or threat.norm != "linf":
         return {}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ebm_guard.attacks.geometry import ball_of
 from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.robustness.corruptions import BUILTIN, IMAGECORRUPTIONS
 from ebm_guard.robustness.threat import Threat
@@ -26,6 +27,7 @@ class AttackOptions:
     Args:
         preset: ``quick``, ``standard`` or ``full``.
         threats: norms with their budgets; default: those of the literature for the images' size.
+        norm: only this one of the default norms.
         images: attacked images, at most; default: the preset's.
         time_budget: seconds; fewer images are attacked, and what does not fit is not run.
         seed: of the draw of the images and of all random numbers.
@@ -39,6 +41,7 @@ class AttackOptions:
 
     preset: str = "quick"
     threats: tuple[Threat, ...] | None = None
+    norm: str | None = None
     images: int | None = None
     time_budget: float | None = None
     seed: int = 0
@@ -54,6 +57,10 @@ class AttackOptions:
             raise InvalidInputError(
                 f"got a time budget of {self.time_budget!r}; needed seconds > 0"
             )
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise InvalidInputError(f"got seed {self.seed!r}; needed a whole number >= 0")
+        if self.norm is not None:
+            ball_of(self.norm)
         if self.images is not None and self.images < 1:
             raise InvalidInputError(f"got {self.images} images to attack; needed at least 1")
         if self.corruptions not in CORRUPTION_SETS:

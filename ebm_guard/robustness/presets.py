@@ -119,6 +119,19 @@ def _square(queries: int) -> Attacker:
     return Attacker("square", f"Square {queries}", lambda norm: Square(queries, norm=norm), goals)
 
 
+def without_gradients(preset: Preset) -> Preset:
+    """Keep what can be run on a model that lets no gradient through: Square alone."""
+    return replace(
+        preset,
+        attackers=(_square(5000 if preset.name == "full" else 1000),),
+        path_images=0,
+        minimal_images=0,
+        square_queries=0,
+        sweep=False,
+        autoattack=False,
+    )
+
+
 PRESETS = ("quick", "standard", "full")
 
 

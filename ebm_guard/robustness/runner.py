@@ -23,7 +23,7 @@ from torch import Tensor
 from ebm_guard.attacks import Examples, Misclassify, Query
 from ebm_guard.errors import DataError
 from ebm_guard.files import DAMAGED_NPZ, cannot_write, replace_file
-from ebm_guard.robustness.subject import Subject
+from ebm_guard.robustness.subject import Counts, Subject
 
 Arrays = dict[str, NDArray[Any]]
 BUDGET = "not run: budget"
@@ -47,16 +47,18 @@ class Speed:
         return forwards * self.forward + gradients * self.gradient
 
 
-def measure_speed(subject: Subject, examples: Examples) -> Speed:
+def measure_speed(subject: Subject, examples: Examples, *, gradient: bool = True) -> Speed:
     """Time a forward pass and a gradient: the best of three batches of up to 32 images."""
     query = Query(subject.forward, Misclassify("margin"), batch_size=subject.batch_size)
     few = examples.select(slice(0, min(len(examples), subject.batch_size, 32)))
     times = []
-    for gradient in (False, True):
+    for wanted in (False, gradient):
         runs = []
         for _ in range(3):
             started = time.perf_counter()
-            query.answer(few.pixels, few, gradient=gradient)
+            query.answer(few.pixels, few, gradient=wanted)
+            if subject.on_gpu:
+                torch.cuda.synchronize()
             runs.append((time.perf_counter() - started) / len(few))
         # The first pass allocates and chooses algorithms.
         times.append(min(runs))
@@ -68,16 +70,18 @@ class Ledger:
     """What the evaluation has cost, and what was left out.
 
     Args:
-        forwards: forward passes of single images, gradients' own not counted.
+        forwards: forward passes of single images, those of gradients not counted.
         gradients: gradients of single images.
         left_out: stages that were left out, and why.
         seconds: wall time of each stage.
+        counted: forwards and gradients of the stages of this run.
     """
 
     forwards: int = 0
     gradients: int = 0
     left_out: list[dict[str, str]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    counted: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))
 
 
 class Runner:
@@ -88,6 +92,10 @@ class Runner:
         time_budget: seconds for all stages, or None.
         store: where results are kept, or None.
         say: called with a line about each stage.
+        started: when the clock of the budget began.
+        counts: of the subject, to tell what each stage costs.
+        seed: torch's global numbers start from it, and the key, in each stage: a model with random
+            inference then gives the same after an interruption. None leaves them alone.
     """
 
     def __init__(
@@ -98,7 +106,10 @@ class Runner:
         store: Store | None = None,
         say: Callable[[str], None] | None = None,
         started: float | None = None,
+        counts: Counts | None = None,
+        seed: int | None = None,
     ) -> None:
+        self.counts, self._seed = counts or Counts(), seed
         self.speed, self.time_budget, self.store = speed, time_budget, store
         self.ledger = Ledger()
         self._say = say or (lambda _: None)
@@ -140,18 +151,39 @@ class Runner:
                 self.ledger.left_out.append({"name": title, "reason": reason})
                 self._say(f"{title}: {reason}")
                 return None
-            started = time.perf_counter()
-            kept = {name: _array(value) for name, value in work().items()}
-            kept["seconds"] = np.array(time.perf_counter() - started)
-            if self.store is not None:
-                self.store.put(key, kept)
+            kept = self._worked(key, work)
             self._say(f"{title}: {float(kept['seconds']):.1f} s")
         else:
             self._say(f"{title}: kept from the interrupted run")
         self.ledger.seconds[title] = round(float(kept["seconds"]), 3)
-        self.ledger.forwards += int(kept.get("forwards", np.array(0)).sum())
-        self.ledger.gradients += int(kept.get("gradients", np.array(0)).sum())
+        self.ledger.forwards += int(kept["cost"][0])
+        self.ledger.gradients += int(kept["cost"][1])
         return kept
+
+    def _worked(self, key: str, work: Callable[[], Mapping[str, Any]]) -> Arrays:
+        """Run a stage, and keep what it found and cost."""
+        if self._seed is not None:
+            torch.manual_seed(int(_hash(f"{self._seed}/{key}"), 16) % 2**63)
+        started, before = time.perf_counter(), (self.counts.forwards, self.counts.gradients)
+        kept = {name: _array(value) for name, value in work().items()}
+        now = (self.counts.forwards, self.counts.gradients)
+        kept["cost"] = np.subtract(now, before)
+        kept["seconds"] = np.array(time.perf_counter() - started)
+        self.ledger.counted += kept["cost"]
+        if self.store is not None:
+            try:
+                self.store.put(key, kept)
+            except DataError as error:
+                self._say(f"finished stages are kept no longer: {error}")
+                self.store = None
+        return kept
+
+    def settle(self) -> None:
+        """Add to the ledger what was asked outside of stages: plan, speed, clean images."""
+        now = np.array([self.counts.forwards, self.counts.gradients])
+        outside = now - self.ledger.counted
+        self.ledger.forwards += int(outside[0])
+        self.ledger.gradients += int(outside[1])
 
 
 class Store:
@@ -180,7 +212,9 @@ class Store:
 
     def _take_over(self, text: str, *, resume: bool) -> None:
         state = self.folder / _STATE
-        foreign = [path for path in self.folder.iterdir() if path.suffix not in (".npz", ".json")]
+        # A file that was being written when the process was killed begins with a dot.
+        names = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
+        foreign = [path for path in names if path.suffix not in (".npz", ".json")]
         if foreign or not state.is_file():
             raise DataError(
                 f"{self.folder} holds other files than those of an interrupted evaluation; "
@@ -216,8 +250,16 @@ class Store:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, key: str) -> Path:
-        name = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-        return self.folder / f"{name}.npz"
+        return self.folder / f"{_hash(key)}.npz"
+
+
+def rows_key(rows: Tensor) -> str:
+    """Name a choice of rows: a stage that is kept belongs to the rows it was run on."""
+    return f"{len(rows)}-{_hash(str(rows.tolist()))}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def _array(value: Any) -> NDArray[Any]:

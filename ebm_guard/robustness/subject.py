@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ebm_guard.attacks import Examples, pixel_forward, untouched
 from ebm_guard.attacks.geometry import TOLERANCE, ball_of
-from ebm_guard.attacks.goals import wrong
-from ebm_guard.attacks.isolation import Forward
+from ebm_guard.attacks.goals import margin, wrong
 from ebm_guard.errors import UnsupportedModelError
 from ebm_guard.gate.deciding import Parts, decide
 from ebm_guard.model import EnergyClassifier
@@ -31,6 +30,7 @@ class Judged:
         accepted: (N,) bool, the gate accepts; all True without a gate.
         taken: (N,) bool, the deployed label is wrong **and** the gate accepts; without a gate the
             same as ``wrong``.
+        margin: (N,) max_{j != y} f_j - f_y of the classifier, > 0 where it is wrong.
         energy: (N,) float64.
         score: (N,) float64 of the gate, or the energy without one.
     """
@@ -38,8 +38,22 @@ class Judged:
     wrong: Tensor
     accepted: Tensor
     taken: Tensor
+    margin: Tensor
     energy: Tensor
     score: Tensor
+
+
+@dataclass
+class Counts:
+    """What the model was asked: passes of single images.
+
+    Args:
+        forwards: without a gradient.
+        gradients: forward and backward passes.
+    """
+
+    forwards: int = 0
+    gradients: int = 0
 
 
 class Subject:
@@ -65,16 +79,32 @@ class Subject:
     ) -> None:
         self.classifier, self.parts = classifier, parts
         self.batch_size, self.draws = batch_size, draws
-        self.forward: Forward = pixel_forward(classifier, features=self.needs_features)
+        self.counts = Counts()
+        self._plain = pixel_forward(classifier, features=self.needs_features)
+
+    def forward(self, pixels: Tensor) -> ClassifierOutput:
+        """Run the model on pixels, and count what it costs."""
+        wanted = torch.is_grad_enabled() and pixels.requires_grad
+        self.counts.gradients += len(pixels) * wanted
+        self.counts.forwards += len(pixels) * (not wanted)
+        return self._plain(pixels)
 
     @property
     def needs_features(self) -> bool:
         """Whether the gate's score reads features."""
         return self.parts is not None and self.parts.score.needs_features
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the model runs on a CUDA device, which works on while Python goes on."""
+        device = self.classifier.device
+        return device is not None and device.type == "cuda"
+
     def with_draws(self, draws: int) -> Subject:
         """Return the same subject, judged by the majority of some draws."""
-        return Subject(self.classifier, self.parts, batch_size=self.batch_size, draws=draws)
+        found = Subject(self.classifier, self.parts, batch_size=self.batch_size, draws=draws)
+        found.counts = self.counts
+        return found
 
     @contextmanager
     def untouched(self, seed: int) -> Iterator[None]:
@@ -118,18 +148,20 @@ class Subject:
     def _judge(self, pixels: Tensor, labels: Tensor) -> Judged:
         output = self.forward(pixels)
         mistaken = wrong(output.logits, labels).cpu()
+        ahead = margin(output.logits.float(), labels.to(output.logits.device)).cpu()
         if self.parts is None:
             energy = _energy(output)
-            return Judged(mistaken, torch.ones_like(mistaken), mistaken, energy, energy)
+            every = torch.ones_like(mistaken)
+            return Judged(mistaken, every, mistaken, ahead, energy, energy)
         decision = decide(self.parts, output.logits, output.features)
         accepted = decision.accept.cpu()
         taken = accepted & (decision.label.cpu() != labels.cpu())
         return Judged(
-            mistaken, accepted, taken, decision.energy.double().cpu(), decision.score.cpu()
+            mistaken, accepted, taken, ahead, decision.energy.double().cpu(), decision.score.cpu()
         )
 
 
-_FIELDS = ("wrong", "accepted", "taken", "energy", "score")
+_FIELDS = ("wrong", "accepted", "taken", "margin", "energy", "score")
 
 
 def rounded(pixels: Tensor) -> Tensor:
@@ -137,7 +169,7 @@ def rounded(pixels: Tensor) -> Tensor:
     return (pixels * 255).round().clamp(0, 255) / 255
 
 
-def inside(pixels: Tensor, examples: Examples, norm: str, epsilon: float) -> Tensor:
+def inside(pixels: Tensor, examples: Examples, norm: str, epsilon: float | Tensor) -> Tensor:
     """Tell which images are finite, in the ball and in the box, (N,) bool.
 
     An image that is not counts as withstanding: a verdict fails closed.

@@ -29,6 +29,7 @@ def epsilon_result(
     gated: GatedResult | None,
     *,
     complete: bool,
+    as_files: bool,
 ) -> EpsilonResult:
     """Sum up one epsilon; without all attacks there is no worst case."""
     right = ~context.clean.wrong
@@ -41,7 +42,7 @@ def epsilon_result(
         worst_case=share(~chain.fooled) if complete else None,
         success_rate=rate if complete else None,
         fooled=int(chain.fooled.sum()),
-        rounded=share(~(chain.wrong_rounded & chain.fooled)) if complete else None,
+        rounded=share(~(chain.wrong_rounded & chain.fooled)) if complete and as_files else None,
         outside=chain.outside,
         gated=gated,
     )
