@@ -454,7 +454,7 @@ def test_a_model_without_gradients_is_judged_by_square_alone():
 def test_nothing_right_is_no_robustness(guard):
     from ebm_guard.report.robustness_section import robustness_section
 
-    pixels, labels = demo_rows("evaluation", 8)
+    pixels, _ = demo_rows("evaluation", 8)
     right = guard.classifier(guard.classifier.pixels(pixels)).argmax(dim=1)
     found = evaluate_robustness(
         guard,
