@@ -250,10 +250,17 @@ def _stays(low: CurvePoint, high: CurvePoint) -> bool:
 
 
 def _written(epsilon: float) -> str:
-    """Write a budget as people do: in 255ths where it is a half or whole number of them."""
+    """Write a budget as people do: as a short decimal, or in 255ths.
+
+    Example:
+        >>> _written(0.3), _written(8 / 255), _written(0.5 / 255)
+        ('0.3', '8/255', '0.5/255')
+    """
     levels = epsilon * 255
-    whole = levels < 100 and abs(2 * levels - round(2 * levels)) < 1e-6
-    return f"{levels:g}/255" if whole else f"{epsilon:.3g}"
+    if abs(epsilon - round(epsilon, 2)) < 1e-9:
+        return f"{epsilon:.3g}"
+    whole = abs(2 * levels - round(2 * levels)) < 1e-6
+    return f"{levels:.4g}/255" if whole else f"{epsilon:.3g}"
 
 
 def _zeros(evidence: MaskingEvidence) -> tuple[bool, str] | None:
