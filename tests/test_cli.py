@@ -631,6 +631,7 @@ def test_progress_is_on_stderr_and_quiet_is_quiet(tmp_path, quick):
     assert "450/450" not in err
 
 
+@pytest.mark.slow
 def test_requirements(tmp_path, quick):
     base = ["report", "--data", "demo:", "--ood", "far=demo:", "-q", "-o", tmp_path / "out"]
     invoke(*base)

@@ -112,6 +112,7 @@ def test_auto_says_what_it_chose_and_on_what(tmp_path):
     assert "outliers made from images" in error
 
 
+@pytest.mark.slow
 def test_a_cut_for_each_class_and_a_certified_risk(tmp_path):
     options = ("--per-class", "--simultaneous", "--false-reject-rate", 0.2, "--risk", 0.1)
     guard, manifest = fitted(tmp_path, "classes", *options)

@@ -137,6 +137,7 @@ def test_hfds_saved_to_disk_is_told(hub, tmp_path):
     refused(lambda: open_source(f"hfds/{tmp_path / 'saved'}"), "could not open split", "load_data")
 
 
+@pytest.mark.slow
 def test_missing_sets_offline(hub, tmp_path):
     for reader in ("hfds", "hfids"):
         args = ["-o", str(tmp_path / "out"), "--model", "ebm_guard.data.demo:demo_classifier"]

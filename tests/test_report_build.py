@@ -110,6 +110,7 @@ def test_before_uses_all_rows():
     assert before["accuracy"] == report["calibration"]["after"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_the_seed_chooses_the_folds():
     part = logits_with(400)
     one, same, other = (built(part, settings=Settings(seed=seed)) for seed in (0, 0, 1))
@@ -137,6 +138,7 @@ def test_calibration_rows_fit_and_evaluation_rows_measure():
     assert "share none with them" in report["gate"]["protocol"]
 
 
+@pytest.mark.slow
 def test_a_given_guard_is_not_refitted():
     guard = Guard().fit(logits_with(400, scale=6.0, seed=1), score="msp", false_reject_rate=0.2)
     part = logits_with(500, seed=2)

@@ -365,6 +365,7 @@ def predictions(generator, noise, n=500):
     return Predictions(logits, labels=labels, hashes=np.arange(n, dtype=np.uint64))
 
 
+@pytest.mark.slow
 def test_from_rows_to_verdict(tmp_path):
     """The same rows through files: no change meets a limit of zero, a worse model fails it."""
     good = predictions(np.random.default_rng(0), 1.0)
