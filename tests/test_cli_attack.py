@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from ebm_guard.cli import cli, run
 from ebm_guard.cli.attack_options import STATE, Duration
@@ -86,6 +87,8 @@ def test_report_without_attacks_says_so_and_a_bound_on_it_fails(tmp_path):
         (["attack", "--data", "demo:", "--attacks", "quik"], "quick"),
         (["attack", "--data", "demo:", "--attacker", "mine"], "NAME=FILE.py:CALL"),
         (["attack", "--data", "demo:", "--attacker", "a=no_such.py:f"], "does not exist"),
+        (["report", "--data", "demo:", "--corruptions", "none"], "without --attacks"),
+        (["attack", "--data", "demo:", "--guard", "g", "--fit-data", "demo:fit"], "leave one out"),
         (["attack", "--data", "demo:", "--guard", "g", "--score", "msp"], "leave one out"),
     ],
 )
@@ -158,3 +161,50 @@ def test_published_corruptions_are_measured(tmp_path):
     )
     assert code == 3
     assert "npy" in err
+
+
+def test_a_part_of_imagenet_c_is_measured_with_the_gate(tmp_path):
+    """Two types in ImageNet-C's layout: snow takes away what the classes differ in."""
+    rng = np.random.default_rng(0)
+    for kind in (
+        "clean",
+        *(f"c/{name}/{level}" for name in ("fog", "snow") for level in range(1, 6)),
+    ):
+        for label in range(3):
+            folder = tmp_path / kind / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(40):
+                pixels = rng.integers(0, 80, (8, 8, 3))
+                # One of forty looks like the next class: perfect rows have no temperature.
+                shown = (label + (number == 0)) % 3
+                pixels[..., shown] += 0 if kind.startswith("c/snow") else 150
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    (tmp_path / "net.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    pretrained_cfg = dict(mean=(0.0,) * 3, std=(1.0,) * 3, input_size=(3, 8, 8))\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.fc = torch.nn.Linear(3, 3)\n"
+        "        self.fc.weight.data = 20 * torch.eye(3)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(x.mean(dim=(2, 3)))\n"
+        "def net():\n"
+        "    return Net().eval()\n"
+    )
+    code, out, err = invoke(
+        "attack", "--model", f"{tmp_path / 'net.py'}:net", "--data", tmp_path / "clean",
+        "--corrupted", tmp_path / "c", "--corruptions", "none", "--epsilon", "0.1",
+        "--false-reject-rate", "0.2", "--attack-images", "8", "--quiet", "--json",
+        "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    (table,) = json.loads(out)["robustness"]["published"]
+    assert table["source"] == "ImageNet-C"
+    assert table["names"] == ["snow", "fog"]
+    cells = {(cell["name"], cell["severity"]): cell for cell in table["cells"]}
+    assert len(cells) == 10
+    assert cells["fog", 1]["accuracy"]["value"] == pytest.approx(39 / 40)
+    assert cells["snow", 5]["accuracy"]["value"] < 0.7
+    assert cells["snow", 5]["coverage"] is not None
+    assert table["summary"]["mce"] is None

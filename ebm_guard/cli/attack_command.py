@@ -71,11 +71,16 @@ def command(
     from ebm_guard.cli.attacking import attack
     from ebm_guard.cli.report_command import refuse_refit
     from ebm_guard.cli.session import Session, named_specs, warnings_as_lines
+    from ebm_guard.errors import InvalidInputError
     from ebm_guard.files import check_writable
     from ebm_guard.report.attack_report import attack_report
 
     if guard_path is not None:
         refuse_refit(calibration_data)
+        if fit_data is not None:
+            raise InvalidInputError(
+                "got --guard and --fit-data; a given guard keeps its detector, leave one out"
+            )
     check_writable(output)
     check_attack_choices(attack_choices)
     ood_specs = named_specs(ood)

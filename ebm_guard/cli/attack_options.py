@@ -20,6 +20,7 @@ NORMS = ("linf", "l2")
 CORRUPTION_SETS = ("builtin", "imagecorruptions", "none")
 # Folder in the output that keeps finished stages while the attacks run.
 STATE = "attack-state"
+_BATCH = 64
 _DURATION = re.compile(r"(?P<number>\d+(\.\d*)?)\s*(?P<unit>s|sec|m|min|h)?")
 _SECONDS = {None: 1, "s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 
@@ -124,7 +125,7 @@ def _options(default: str | None) -> tuple[Any, ...]:
         click.option(
             "--attack-batch-size",
             type=click.IntRange(min=1),
-            default=64,
+            default=_BATCH,
             show_default=True,
             help="Images per pass of an attack.",
         ),
@@ -178,7 +179,9 @@ def check_attack_choices(choices: AttackChoices) -> None:
         "--epsilon": choices.epsilon,
         "--attack-images": choices.attack_images,
         "--attacker": choices.attacker,
+        "--corruptions": choices.corruptions != CORRUPTION_SETS[0],
         "--corrupted": choices.corrupted,
+        "--attack-batch-size": choices.attack_batch_size != _BATCH,
         "--resume": choices.resume,
     }
     ignored = [name for name, value in given.items() if value]

@@ -245,10 +245,6 @@ class Store:
         with replace_file(self._path(key)) as new, new.open("wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
 
-    def discard(self) -> None:
-        """Remove the folder: the evaluation is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _path(self, key: str) -> Path:
         return self.folder / f"{_hash(key)}.npz"
 

@@ -36,18 +36,21 @@ def minimal_curve(context: Context, threat: Threat, chain: Chain) -> MinimalResu
     if not n:
         return None
     examples = context.examples.select(slice(0, n))
+
+    def work() -> Mapping[str, Any]:
+        found = minimal_distance(
+            context.query(Misclassify("margin")),
+            examples,
+            norm=threat.norm,
+            num_steps=_MINIMAL_STEPS,
+            seed=(context.seed, 12),
+        )
+        return {"distance": found.distance}
+
     found = context.runner.run(
         f"minimal/{threat.norm}",
         f"FMN-{_MINIMAL_STEPS} in {threat.norm}, {n} images",
-        lambda: vars(
-            minimal_distance(
-                context.query(Misclassify("margin")),
-                examples,
-                norm=threat.norm,
-                num_steps=_MINIMAL_STEPS,
-                seed=(context.seed, 12),
-            )
-        ),
+        work,
         **context.cost(n, _MINIMAL_STEPS, gradient=True),
     )
     if found is None:
@@ -110,7 +113,7 @@ def followed_energy(context: Context) -> dict[str, Any] | None:
 
 
 def corruption_table(context: Context, pool: Examples) -> dict[str, Any] | None:
-    """Measure the built-in corruptions, as JSON types."""
+    """Measure the chosen corruptions, as JSON types."""
     preset, subject = context.preset, context.subject
     if not preset.corruptions:
         return None
@@ -131,12 +134,13 @@ def corruption_table(context: Context, pool: Examples) -> dict[str, Any] | None:
         )
         return {"json": json.dumps(table.to_dict()), "forwards": table.forwards}
 
-    found = context.runner.run(
-        "corruptions",
-        f"{len(plan.cells)} corruptions, {plan.n} images",
-        work,
-        forwards=plan.forwards,
-    )
+    title = f"{len(plan.cells)} corruptions, {plan.n} images"
+    try:
+        found = context.runner.run("corruptions", title, work, forwards=plan.forwards)
+    except InvalidInputError as error:
+        # Such as images that are too small for the package; the attacks are worth keeping.
+        context.runner.ledger.left_out.append({"name": title, "reason": str(error)})
+        return None
     return None if found is None else json.loads(str(found["json"]))
 
 

@@ -179,8 +179,17 @@ def open_corrupted(folder: str | Path, severities: Sequence[int] = SEVERITIES) -
         PublishedSet(title='CIFAR-10-C', ...)
     """
     folder = Path(folder)
-    opened = open_cifar10_c if any(folder.glob("*.npy")) else open_imagenet_c
-    return opened(folder, severities=severities)
+    arrays = any(folder.glob("*.npy"))
+    opened = open_cifar10_c if arrays else open_imagenet_c
+    # A part of the set will do; mCE is then left out, and says why.
+    there = [name for name in IMAGENET_C if _is_there(folder, name, arrays=arrays)]
+    return opened(folder, there or IMAGENET_C, severities)
+
+
+def _is_there(folder: Path, name: str, *, arrays: bool) -> bool:
+    if arrays:
+        return (folder / f"{name}.npy").is_file()
+    return any((folder / group / name).is_dir() for group in ("", *_GROUPS))
 
 
 def _checked(
