@@ -23,9 +23,9 @@ import torch
 
 from ebm_guard import EnergyClassifier, predict
 from ebm_guard.attacks import FGSM, PGD, Examples, Misclassify, Query, climb, pixel_forward
-from ebm_guard.attacks.isolation import untouched
 from ebm_guard.gate.deciding import Parts, decide
 from ebm_guard.gate.thresholds import Threshold
+from ebm_guard.model.isolation import untouched
 from ebm_guard.model.loading import load_model
 from ebm_guard.ood import make_score
 from ebm_guard.robustness.energy_path import energy_path

@@ -23,9 +23,11 @@ FLOORS = {
     "calibration": 4,
     "ood": 4,
     "attacks": 4,
+    "sampling": 4,
     "gate": 5,
     # Robustness is measured with the gate in the loop.
     "robustness": 6,
+    "training": 6,
     "report": 7,
     "cli": 8,
 }

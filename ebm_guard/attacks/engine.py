@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.attacks.rows import Answer, Examples, Outcome, State, joined, usable
 from ebm_guard.errors import InvalidInputError
 from ebm_guard.model.classifier import ClassifierOutput
+from ebm_guard.model.isolation import Forward
 
 # Rows whose pixels and states are held at once; 2^24 values are 64 MB for each state.
 _HELD = 2**24
@@ -78,7 +78,7 @@ class Query:
 
     Args:
         forward: from pixels in [0, 1] to the output; see
-            :func:`ebm_guard.attacks.isolation.pixel_forward`.
+            :func:`ebm_guard.model.isolation.pixel_forward`.
         goal: what the attacker wants.
         batch_size: images per forward pass.
         eot_samples: forward and backward passes that a gradient is averaged over, for models with

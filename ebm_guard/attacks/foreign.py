@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ebm_guard.attacks.engine import Query
 from ebm_guard.attacks.geometry import TOLERANCE, Ball, ball_of
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.attacks.rows import Examples, Outcome, joined
 from ebm_guard.errors import InvalidInputError
+from ebm_guard.model.isolation import Forward
 
 # attack(model, x, y, epsilon) -> x_adv
 ForeignAttack = Callable[[nn.Module, Tensor, Tensor, float], Tensor]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ebm_guard import energy as formulas
 from ebm_guard.attacks.engine import Goal
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.attacks.rows import Examples
 from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.model.classifier import ClassifierOutput
+from ebm_guard.model.isolation import Forward
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

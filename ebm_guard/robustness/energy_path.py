@@ -28,11 +28,11 @@ from ebm_guard import energy as formulas
 from ebm_guard.attacks.engine import Query, climb
 from ebm_guard.attacks.goals import Misclassify, wrong
 from ebm_guard.attacks.gradient import PGD
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.attacks.rows import Answer, Examples
 from ebm_guard.errors import InvalidInputError
 from ebm_guard.gate.deciding import Parts, decide
 from ebm_guard.intervals import Metric, proportion
+from ebm_guard.model.isolation import Forward
 from ebm_guard.robustness.gate_attacks import Source, gate_plan, try_all
 from ebm_guard.robustness.gate_conditions import standing
 

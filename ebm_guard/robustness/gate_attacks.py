@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from ebm_guard.attacks.engine import Goal, Query, StepRule, climb, differentiate
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.attacks.rows import Examples, Outcome
 from ebm_guard.errors import InvalidInputError
 from ebm_guard.gate.deciding import Parts
+from ebm_guard.model.isolation import Forward
 from ebm_guard.robustness.gate_conditions import check_known, condition_names, standing
 from ebm_guard.robustness.gate_goals import (
     STRATEGIES,

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ebm_guard import energy as formulas
 from ebm_guard.attacks.engine import Goal
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.attacks.rows import Examples
 from ebm_guard.calibration.calibrators import AutoCalibrator, IsotonicCalibration
 from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.gate.deciding import NO_DOUBLE, Parts, decide
 from ebm_guard.gate.decision import Decision
 from ebm_guard.model.classifier import ClassifierOutput
+from ebm_guard.model.isolation import Forward
 
 # What stands for "as unmet as can be" where a number is not finite.
 _FAR = 1e6

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.attacks.rows import Examples
+from ebm_guard.model.isolation import Forward
 from ebm_guard.robustness.masking_probes import (
     CLOSED,
     LARGE_EPSILONS,

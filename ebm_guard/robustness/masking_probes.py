@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from ebm_guard.attacks.engine import Query, climb
 from ebm_guard.attacks.goals import Misclassify, wrong
 from ebm_guard.attacks.gradient import PGD
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.attacks.rows import Examples
 from ebm_guard.errors import UnsupportedModelError, first_line
 from ebm_guard.model.classifier import check_kind
+from ebm_guard.model.isolation import Forward
 
 LARGE_EPSILONS = (16 / 255, 32 / 255, 64 / 255)
 CLOSED = "no gradient reaches the pixels"

@@ -108,7 +108,7 @@ class Subject:
 
     @contextmanager
     def untouched(self, seed: int) -> Iterator[None]:
-        """Hold the user's model still; see :func:`ebm_guard.attacks.isolation.untouched`."""
+        """Hold the user's model still; see :func:`ebm_guard.model.isolation.untouched`."""
         with untouched(self.classifier.model, seed):
             yield
 

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from ebm_guard.attacks import Examples
-from ebm_guard.attacks.isolation import Forward
 from ebm_guard.data.sources import ImageSource
 from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.gate.deciding import Parts
+from ebm_guard.model.isolation import Forward
 from ebm_guard.predictions import Predictions
 from ebm_guard.progress import track
 from ebm_guard.robustness.corruptions.alexnet import why_no_mce

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_guard.errors import InvalidInputError
-from ebm_guard.model import EnergyClassifier
-from ebm_guard.model.classifier import ClassifierOutput
+from ebm_guard.model.classifier import ClassifierOutput, EnergyClassifier
 from ebm_guard.model.mode import evaluation_mode
 
 # From pixels (B, C, H, W) in [0, 1] to logits, and features where they are needed.

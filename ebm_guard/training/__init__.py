@@ -1,0 +1,1 @@
+"""Improve the energy of a trained classifier, or give the start back."""

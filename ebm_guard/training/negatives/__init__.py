@@ -1,0 +1,1 @@
+"""Where negatives come from, one file for each source."""

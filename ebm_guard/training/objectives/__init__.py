@@ -1,0 +1,1 @@
+"""What fine-tuning minimises, one file for each family."""
