@@ -1,7 +1,7 @@
 """The report's page in a real browser, opened from disk: nothing missing, nothing beyond its edge.
 
 The browser is the system's Chromium, driven by Playwright's client (in the `test` extra). Without a
-Chromium the tests skip; in CI a skip fails, and ``.ci/run`` sees to one.
+Chromium the tests skip; in CI a skip fails, and ``.ci/run`` sees to one. All of them are slow.
 """
 
 import copy
@@ -22,6 +22,7 @@ from ebm_guard.report.comparison import Baseline
 from ebm_guard.report.render import write_attack_outputs, write_outputs
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.slow
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "<script>alert('x')</script> & \"b\""

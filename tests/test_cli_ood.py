@@ -34,6 +34,7 @@ def test_scores_on_features_run_in_the_same_pass(synthetic):
     assert synthetic["energy"]["ranking"]["of"] == len(ran)
 
 
+@pytest.mark.slow
 def test_no_synthetic_sets_where_they_are_not_wanted(tmp_path):
     invoke("report", "--data", "demo:", "--no-synthetic", "--limit", 80, "-q", "-o", tmp_path / "a")
     assert report_of(tmp_path / "a")["ood"] == {}
@@ -56,6 +57,7 @@ def test_stored_rows_give_no_synthetic_sets(tmp_path):
     assert "outliers are made from images" in error
 
 
+@pytest.mark.slow
 def test_fit_data_and_a_gate_on_features(tmp_path):
     invoke(
         "report", "--data", "demo:", "--fit-data", "demo:calibration", "--score", "vim", "--ood",

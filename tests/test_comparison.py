@@ -56,6 +56,7 @@ def test_a_report_against_itself_shows_no_difference():
     assert found["verdict"]["status"] == "good"
 
 
+@pytest.mark.slow
 def test_a_sharper_model_changes_nll_and_not_accuracy():
     old, new = sets(1.0), sets(9.0)
     found = compared(new, build_report(old[0], ood={"far": old[1]}))
@@ -73,6 +74,7 @@ def test_a_sharper_model_changes_nll_and_not_accuracy():
     assert found["verdict"]["status"] in ("bad", "attention")
 
 
+@pytest.mark.slow
 def test_ood_changes_equal_an_independent_count():
     old, new = sets(1.0), sets(1.0)
     shifted = Predictions(new[1].logits - 3.0, hashes=new[1].hashes)
@@ -101,6 +103,7 @@ def test_paired_intervals_are_narrower_than_the_difference_of_two_reports():
     assert change["high"] - change["low"] < unpaired / 3
 
 
+@pytest.mark.slow
 def test_other_rows_are_not_compared():
     one, other = sets(1.0), sets(1.0, seed=5, n=400)
     moved = Predictions(
@@ -110,6 +113,7 @@ def test_other_rows_are_not_compared():
     assert "saw other rows" in report.to_dict()["comparison"]["not_run"]
 
 
+@pytest.mark.slow
 def test_rows_without_common_content_are_matched_by_position_when_labels_agree():
     one = sets(1.0)[0]
     moved = Predictions(one.logits, labels=one.labels, hashes=one.hashes + np.uint64(99_999))

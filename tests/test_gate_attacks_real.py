@@ -134,6 +134,7 @@ class TestScores:
 
 
 class TestEnergyPath:
+    @pytest.mark.slow
     def test_gate_on_the_energy_stops_nothing(self, resnet, rows):
         classifier, examples = resnet
         score = make_score("energy")

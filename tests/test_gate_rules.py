@@ -317,6 +317,7 @@ def empirical(confidence, score, wrong):
     return lambda c, s: c >= cut
 
 
+@pytest.mark.slow
 def test_the_certified_risk_is_kept():
     assert not oracles.fails_guarantee(*risk_failures(certified), 0.05)
 

@@ -42,6 +42,7 @@ def test_figures_equal_a_count_by_hand():
         assert (accuracy["low"], accuracy["high"]) == pytest.approx((ends.low, ends.high))
 
 
+@pytest.mark.slow
 def test_the_worst_group_comes_first_and_is_flagged():
     found = section(grouped())
     assert found["groups"][0]["name"] == "night"
@@ -51,6 +52,7 @@ def test_the_worst_group_comes_first_and_is_flagged():
     assert "night (accuracy)" in found["verdict"]["sentence"]
 
 
+@pytest.mark.slow
 def test_equal_groups_are_flagged_no_more_often_than_promised():
     # Groups drawn at random: at most 5 % of reports may flag any; tested exactly at 1e-3.
     generator = np.random.default_rng(1)
@@ -75,6 +77,7 @@ def test_without_labels_coverage_is_left():
         assert 0.8 < group["coverage"]["value"] <= 1
 
 
+@pytest.mark.slow
 def test_small_groups_show_no_ece():
     part = grouped(n=400)
     groups = part.groups.copy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 import ebm_guard
@@ -23,6 +24,7 @@ def test_report_shows_its_verdicts_and_escapes_names():
     assert "&lt;b&gt;rows" in html
 
 
+@pytest.mark.slow
 def test_report_saves_itself(tmp_path):
     report = ebm_guard.build_report(predictions())
     paths = report.save(tmp_path / "out")

@@ -27,6 +27,7 @@ def test_there_are_blocks_of_both_kinds():
     assert len(BLOCKS) >= 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "text"), BLOCKS, ids=[f"{kind}{i}" for i, (kind, _) in enumerate(BLOCKS)]
 )

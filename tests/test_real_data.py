@@ -74,6 +74,7 @@ def test_resnet20_against_outliers(resnet20, name, rows, energy, fpr95, odds):
     assert detection(inside, outside, "msp").auroc.value == pytest.approx(odds, abs=DIGITS4)
 
 
+@pytest.mark.slow
 def test_resnet20_float32_confidence_ties_cost_area(resnet20):
     """The plain softmax in float32, 0.8762 for the textures; on CIFAR-100 its last bit decides."""
     inside, outside = resnet20("test"), resnet20("dtd")

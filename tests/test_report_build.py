@@ -166,6 +166,7 @@ def test_rows_that_were_fitted_on_are_refused():
     assert "shared_rows" not in codes(built(part, calibration=other))
 
 
+@pytest.mark.slow
 def test_a_few_duplicates_are_told():
     one, two = logits_with(300, seed=1), logits_with(300, seed=2)
     logits, labels = two.logits.copy(), two.labels.copy()
@@ -298,6 +299,7 @@ def test_sections_of_later_versions_say_so():
         assert report[name]["not_run"]
 
 
+@pytest.mark.slow
 def test_limited_and_skipped_rows_are_told():
     part = logits_with(200)
     part = Predictions(

@@ -124,6 +124,7 @@ def test_a_naive_loop_agrees_on_the_worst_case(guard, found):
     assert row.worst_case.value <= 1 - float(fooled.double().mean())
 
 
+@pytest.mark.slow
 def test_everything_is_json_and_repeats(guard, found):
     json.dumps(found.to_dict(), allow_nan=False)
     pixels, labels = demo_rows("evaluation", 12)
@@ -168,6 +169,7 @@ def test_without_a_gate_its_numbers_are_missing_and_say_why(guard):
     assert all(row.gated is None for row in found.norms[0].epsilons)
 
 
+@pytest.mark.slow
 def test_without_labels_the_predictions_stand_for_them(guard):
     pixels, _ = demo_rows("evaluation", 16)
     found = evaluate_robustness(
@@ -229,6 +231,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(guard, tmp_path, sta
     assert sum("kept" in line for line in lines) == stages + 1
 
 
+@pytest.mark.slow
 def test_another_evaluation_is_not_resumed(guard, tmp_path):
     pixels, labels = demo_rows("evaluation", 16)
     options = AttackOptions(threats=THREATS, state=tmp_path / "state", corruptions="none")
@@ -291,6 +294,7 @@ def test_probabilities_are_refused(guard):
         evaluate_robustness(classifier, pixels, labels)
 
 
+@pytest.mark.slow
 def test_a_given_attack_runs_last_and_is_judged_by_us(guard):
     pixels, labels = demo_rows("evaluation", 24)
     calls = []
@@ -392,6 +396,7 @@ def test_a_subject_without_a_head_says_so(guard):
         Subject(classifier, parts).check(pixels)
 
 
+@pytest.mark.slow
 def test_other_corruptions_are_run_and_none_are_none(guard):
     pixels, labels = demo_rows("evaluation", 12)
     options = AttackOptions(threats=THREATS, corruptions="none")

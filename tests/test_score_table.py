@@ -46,6 +46,7 @@ def settings(score):
     return Settings(score=score, false_reject_rate=0.1, assurance=0.9)
 
 
+@pytest.mark.slow
 def test_fit_rows_give_the_detectors_their_statistics(rows, foreign):
     fit = with_features(300, "fit")
     report = built(rows, ood={"far_x": foreign}, fit=fit)
@@ -78,6 +79,7 @@ def test_without_fit_rows_each_half_is_judged_by_the_other(rows, foreign):
     assert not np.array_equal(seen.of(rows), own)
 
 
+@pytest.mark.slow
 def test_a_gate_on_a_fitted_score_measures_coverage_on_new_rows(rows, foreign):
     report = built(rows, ood={"far_x": foreign}, settings=settings("mahalanobis"))
     first, second = two_folds(len(rows), rows.labels, 0)
@@ -125,6 +127,7 @@ def test_fit_rows_must_not_be_evaluation_rows(rows):
         built(rows, calibration=calibration, fit=calibration)
 
 
+@pytest.mark.slow
 def test_shifted_sets_are_shown_but_neither_ranked_nor_called_foreign(rows, foreign):
     shifted = with_features(100, "shifted", shift=0.1)
     both = built(rows, ood={"far_x": foreign, "shifted_dark": shifted}, requirements=["auroc>=0.5"])
@@ -170,6 +173,7 @@ def test_critical_value_is_the_quantile_of_the_largest(rho):
     assert critical < stats.norm.isf(0.025 / size) + 0.03
 
 
+@pytest.mark.slow
 def test_all_intervals_hold_together_and_unadjusted_ones_do_not():
     rng = oracles.generator("contrasts")
     runs, hold, unadjusted = 400, 0, 0

@@ -72,6 +72,7 @@ def test_the_gate_rule_is_no_screening():
     assert not kept(any_flag(lambda p: p <= FDR, ties=False))
 
 
+@pytest.mark.slow
 def test_in_sample_p_values_break_the_rule():
     assert not kept(any_flag(lambda p: screen_batch(p, FDR).mask, ties=False, in_sample=True))
 
