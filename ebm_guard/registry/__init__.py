@@ -8,7 +8,17 @@ and one row here.
 from __future__ import annotations
 
 from ebm_guard.errors import InvalidInputError, suggest
-from ebm_guard.registry import attacks, calibration, corruptions, gate, ood, scores
+from ebm_guard.registry import (
+    attacks,
+    calibration,
+    corruptions,
+    defences,
+    gate,
+    ood,
+    sampling,
+    scores,
+    training,
+)
 from ebm_guard.registry.method import Method
 
 FAMILIES = (
@@ -27,6 +37,10 @@ FAMILIES = (
     "attack",
     "gate_attack",
     "corruption",
+    "defence",
+    "sampler",
+    "objective",
+    "negatives",
 )
 
 _METHODS = tuple(
@@ -38,6 +52,9 @@ _METHODS = tuple(
             *ood.METHODS,
             *attacks.METHODS,
             *corruptions.METHODS,
+            *defences.METHODS,
+            *sampling.METHODS,
+            *training.METHODS,
         ),
         key=lambda method: FAMILIES.index(method.family),
     )
