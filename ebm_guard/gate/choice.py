@@ -28,7 +28,6 @@ from ebm_guard.predictions import Predictions, predict
 
 # Images kept for outliers: five kinds of each are run through the model.
 MOST_IMAGES = 500
-_OVERSHOOT = 1e-3
 _FORWARD = 50
 
 
@@ -207,7 +206,7 @@ def synthetic_outliers(
     generator = np.random.default_rng(seed)
     found = {}
     for kind in GUARD_KINDS:
-        made = _made(pixels, kind, generator, labels)
+        made = made_outliers(pixels, kind, generator, labels)
         if len(made):
             batches = [classifier.pixels(part) for part in torch.split(made, _FORWARD)]
             found[kind] = predict(
@@ -224,27 +223,26 @@ def _pixels(classifier: EnergyClassifier, inputs: Tensor) -> Tensor:
     )
     if settings is None:
         raise InvalidInputError(f"the normalisation of this model is not known; {way_out}")
-    if inputs.ndim != 4 or inputs.shape[1] != settings.channels or not inputs.is_floating_point():
-        raise InvalidInputError(
-            f"got inputs of shape {tuple(inputs.shape)} and dtype {inputs.dtype}, which are no "
-            f"normalised images (B, {settings.channels}, H, W); {way_out}"
-        )
-    mean = torch.tensor(settings.mean, dtype=torch.float32)[:, None, None]
-    std = torch.tensor(settings.std, dtype=torch.float32)[:, None, None]
-    pixels = inputs.detach().cpu().float() * std + mean
-    low, high = float(pixels.min()), float(pixels.max())
-    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
-        raise InvalidInputError(
-            f"undoing the normalisation (mean {settings.mean}, std {settings.std}) gives pixels in "
-            f"[{low:.3g}, {high:.3g}] instead of [0, 1]: the loader prepares images otherwise; "
-            f"{way_out}"
-        )
-    return pixels.clamp(0, 1)
+    try:
+        return settings.denormalize(inputs.cpu())
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{error}; {way_out}") from None
 
 
-def _made(
+def made_outliers(
     pixels: Tensor, kind: str, generator: np.random.Generator, labels: NDArray[np.int64] | None
 ) -> Tensor:
+    """Make outliers of one kind from those images that it changes.
+
+    Args:
+        pixels: (B, C, H, W) in [0, 1].
+        kind: a name of the outlier kinds.
+        generator: source of randomness.
+        labels: (B,), so that partners come from another class, or None.
+
+    Returns:
+        (M, C, H, W), M <= B: images that the kind leaves as they are (one colour) are left out.
+    """
     of = None if labels is None else torch.from_numpy(np.array(labels))
     # With one class only, partners cannot come from another.
     of = of if of is not None and len(set(of.tolist())) > 1 else None

@@ -13,6 +13,8 @@ from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.model.wrappers import unwrapped
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+# Rounding of normalised inputs, in pixels: half precision loses this much.
+_OVERSHOOT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,43 @@ class Preprocessing:
         mean = torch.tensor(self.mean, dtype=pixels.dtype, device=pixels.device)
         std = torch.tensor(self.std, dtype=pixels.dtype, device=pixels.device)
         return (pixels - mean[:, None, None]) / std[:, None, None]
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """Compute inputs * std + mean, the pixels that :meth:`normalize` was given.
+
+        Args:
+            inputs: (B, C, H, W), floating, normalised as the model takes them.
+
+        Returns:
+            (B, C, H, W) in [0, 1], detached, in float32 or better; rounding that leaves the range
+            is clamped.
+
+        Raises:
+            InvalidInputError: no normalised images, or these settings do not lead back to [0, 1].
+
+        Example:
+            >>> Preprocessing((0.5,), (0.5,)).denormalize(torch.ones(1, 1, 1, 1)).item()
+            1.0
+        """
+        if inputs.ndim != 4 or inputs.shape[1] != self.channels or not inputs.is_floating_point():
+            raise InvalidInputError(
+                f"got inputs of shape {tuple(inputs.shape)} and dtype {inputs.dtype}, which are no "
+                f"normalised images (B, {self.channels}, H, W)"
+            )
+        inputs = inputs.detach()
+        inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
+        mean = torch.tensor(self.mean, dtype=inputs.dtype, device=inputs.device)
+        std = torch.tensor(self.std, dtype=inputs.dtype, device=inputs.device)
+        pixels = inputs * std[:, None, None] + mean[:, None, None]
+        if not pixels.numel():
+            return pixels
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+            raise InvalidInputError(
+                f"undoing the normalisation (mean {self.mean}, std {self.std}) gives pixels in "
+                f"[{low:.3g}, {high:.3g}] instead of [0, 1]: the loader prepares images otherwise"
+            )
+        return pixels.clamp(0, 1)
 
     def check_pixels(self, pixels: Tensor) -> None:
         """Refuse a batch that is not (B, C, H, W) pixels in [0, 1], with a guess why.

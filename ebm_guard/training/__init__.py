@@ -1,1 +1,29 @@
 """Improve the energy of a trained classifier, or give the start back."""
+
+from ebm_guard.training.acceptance import Acceptance, accept
+from ebm_guard.training.context import Context, TrainingBatch
+from ebm_guard.training.finetune import finetune
+from ebm_guard.training.history import read_history
+from ebm_guard.training.images import TrainingImages, as_training_images
+from ebm_guard.training.objectives import LossTerms, Objective, make_objective
+from ebm_guard.training.options import FineTuneOptions
+from ebm_guard.training.result import FinetuneResult
+from ebm_guard.training.selection import ValidationParts, split_validation
+
+__all__ = [
+    "Acceptance",
+    "Context",
+    "FineTuneOptions",
+    "FinetuneResult",
+    "LossTerms",
+    "Objective",
+    "TrainingBatch",
+    "TrainingImages",
+    "ValidationParts",
+    "accept",
+    "as_training_images",
+    "finetune",
+    "make_objective",
+    "read_history",
+    "split_validation",
+]

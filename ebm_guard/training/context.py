@@ -87,12 +87,14 @@ class PixelNet(nn.Module):
 
     Args:
         classifier: around the working copy that is trained, in eval mode.
+        autocast: dtype of convolutions and matrix products, such as bfloat16; None for that of
+            the weights. Logits are float32 in any case.
 
     Raises:
         InvalidInputError: the normalisation is not known.
     """
 
-    def __init__(self, classifier: EnergyClassifier) -> None:
+    def __init__(self, classifier: EnergyClassifier, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         if not isinstance(classifier.model, nn.Module):
             raise InvalidInputError(
@@ -101,11 +103,22 @@ class PixelNet(nn.Module):
         self.model = classifier.model
         # Through a function: a module held as an attribute would be registered twice.
         self._forward = pixel_forward(classifier)
+        self._classifier = classifier
+        self._autocast = autocast
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return logits (B, C) in float32 or better."""
-        logits = self._forward(pixels).logits
+        plain = self._autocast is None
+        logits = self._forward(pixels).logits if plain else self._in_half(pixels)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _in_half(self, pixels: Tensor) -> Tensor:
+        classifier = self._classifier
+        if classifier.preprocessing is None:
+            raise InvalidInputError("the normalisation is not known; give mean and std")
+        inputs = classifier.preprocessing.normalize(pixels)
+        with torch.autocast(pixels.device.type, dtype=self._autocast):
+            return classifier.forward(inputs).logits
 
 
 @dataclass

@@ -1,0 +1,122 @@
+"""Several processes that train one net: who they are, and what they agree on.
+
+Started by ``torchrun``, which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; one process alone
+needs nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ebm_guard.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run.
+
+    Args:
+        rank: of this process, from 0.
+        size: number of processes.
+        device: on which this process trains.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, n: int) -> slice:
+        """Return this process's part of n rows that were drawn for all.
+
+        Raises:
+            InvalidInputError: the rows cannot be shared out evenly.
+
+        Example:
+            >>> World(rank=1, size=2).share(64)
+            slice(32, 64, None)
+        """
+        if n % self.size:
+            raise InvalidInputError(
+                f"got batch_size={n} for {self.size} processes; needed a multiple of them, because "
+                "batch_size counts the images of all processes"
+            )
+        part = n // self.size
+        return slice(self.rank * part, (self.rank + 1) * part)
+
+    def wrapped(self, net: nn.Module) -> nn.Module:
+        """Return the net with its gradients averaged over the processes."""
+        if self.size == 1:
+            return net
+        # Batch-norm statistics are fixed, and equal on all.
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+
+    def mean(self, values: Sequence[float | None]) -> list[float | None]:
+        """Average numbers over the processes; None where any of them has none."""
+        if self.size == 1:
+            return list(values)
+        filled = [float("nan") if value is None else value for value in values]
+        packed = self._packed(filled)
+        dist.all_reduce(packed)
+        means = (packed / self.size).tolist()
+        return [None if value is None else mean for value, mean in zip(values, means, strict=True)]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process."""
+        if self.size == 1:
+            return flag
+        packed = self._packed([float(flag)])
+        dist.all_reduce(packed)
+        return bool(packed.item() > 0)
+
+    def from_first(self, values: Sequence[float]) -> list[float]:
+        """Return the numbers of the first process, on all."""
+        if self.size == 1:
+            return list(values)
+        packed = self._packed(list(values))
+        dist.broadcast(packed, src=0)
+        return [float(value) for value in packed.tolist()]
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def _packed(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+
+@contextmanager
+def world_of(device: torch.device | None) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, or stand alone.
+
+    A process group that the caller made is used and left; one made here is closed at the end.
+
+    Args:
+        device: of the model; gloo on the CPU, nccl on CUDA.
+    """
+    device = torch.device("cpu") if device is None else device
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    ours = size > 1 and dist.is_available() and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if dist.is_available() and dist.is_initialized():
+            yield World(dist.get_rank(), dist.get_world_size(), device)
+        else:
+            yield World(device=device)
+    finally:
+        if ours:
+            dist.destroy_process_group()

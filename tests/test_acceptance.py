@@ -1,0 +1,196 @@
+"""The acceptance test: its bounds against oracles, its level by simulation, bad nets refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from ebm_guard.errors import InvalidInputError
+from ebm_guard.training.acceptance import (
+    accept,
+    accuracy_test,
+    nll_test,
+    rows_needed,
+    tango_upper,
+)
+from ebm_guard.training.selection import Look
+
+RUNS = 2000
+
+
+def score_statistic(lost, gained, n, loss):
+    """Tango's statistic with the nuisance parameter found by a numerical search."""
+
+    def misfit(q):
+        cells = ((gained, q), (lost, q + loss), (n - lost - gained, 1 - 2 * q - loss))
+        return -sum(count * np.log(max(share, 1e-300)) for count, share in cells if count)
+
+    low, high = max(0.0, -loss), (1 - loss) / 2
+    q = optimize.minimize_scalar(
+        misfit, bounds=(low, high), method="bounded", options={"xatol": 1e-14}
+    ).x
+    variance = n * (2 * q + loss * (1 - loss))
+    return (lost - gained - n * loss) / np.sqrt(variance)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "n"), [(5, 3, 200), (20, 1, 300), (1, 20, 300), (2, 2, 50), (40, 30, 100)]
+)
+def test_tango_bound_solves_the_score_equation(lost, gained, n):
+    bound = tango_upper(lost, gained, n)
+    assert score_statistic(lost, gained, n, bound) == pytest.approx(-1.6448536, abs=2e-3)
+
+
+def test_tango_bound_without_changes_has_a_closed_form():
+    z2 = stats.norm.ppf(0.95) ** 2
+    for n in (10, 268, 5000):
+        assert tango_upper(0, 0, n) == pytest.approx(z2 / (n + z2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_tango_bound_is_above_the_estimate_and_grows_with_losses(data):
+    n = data.draw(st.integers(2, 500))
+    lost = data.draw(st.integers(0, n - 1))
+    gained = data.draw(st.integers(0, n - 1 - lost))
+    bound = tango_upper(lost, gained, n)
+    assert (lost - gained) / n <= bound <= 1
+    assert tango_upper(lost + 1, gained, n) >= bound - 1e-9
+
+
+def test_rows_needed_is_the_first_number_that_can_pass():
+    for drop in (0.005, 0.01, 0.05):
+        n = rows_needed(drop)
+        assert tango_upper(0, 0, n) <= drop < tango_upper(0, 0, n - 1)
+
+
+@pytest.mark.parametrize(("lost", "gained", "n"), [(0, 0, 0), (-1, 0, 5), (3, 3, 5)])
+def test_impossible_counts_are_refused(lost, gained, n):
+    with pytest.raises(InvalidInputError):
+        tango_upper(lost, gained, n)
+
+
+def simulated(rule, limit, n=400):
+    """How often a rule passes nets that lose exactly the limit."""
+    generator = np.random.default_rng(11)
+    passes = 0
+    for _ in range(RUNS):
+        # Lost 3 %, gained 1 %: a true loss of 2 points.
+        kinds = generator.choice(4, n, p=[0.03, 0.01, 0.88, 0.08])
+        start, candidate = np.isin(kinds, (0, 2)), np.isin(kinds, (1, 2))
+        passes += bool(rule(start, candidate, limit))
+    return passes
+
+
+def level_is_kept(passes):
+    return stats.binomtest(passes, RUNS, 0.05, alternative="greater").pvalue > 1e-3
+
+
+def test_level_of_the_accuracy_test():
+    passes = simulated(lambda *args: accuracy_test(*args).passed, 0.02)
+    assert level_is_kept(passes)
+
+
+def test_the_point_estimate_alone_does_not_keep_the_level():
+    passes = simulated(lambda a, b, limit: a.mean() - b.mean() <= limit, 0.02)
+    assert not level_is_kept(passes)
+
+
+def test_an_unpaired_bound_refuses_what_the_paired_one_can_prove():
+    start = np.arange(1000) >= 100
+    candidate = start.copy()
+    candidate[100] = False
+    p, q, n = start.mean(), candidate.mean(), len(start)
+    unpaired = p - q + 1.645 * np.sqrt((p * (1 - p) + q * (1 - q)) / n)
+    assert accuracy_test(start, candidate, 0.01).passed
+    assert unpaired > 0.01
+
+
+def test_level_of_the_nll_test():
+    generator = np.random.default_rng(12)
+    start = generator.exponential(size=(RUNS, 200))
+    rise = generator.normal(0.02, 0.1, size=(RUNS, 200))
+    checks = [nll_test(a, a + b, 0.02) for a, b in zip(start, rise, strict=True)]
+    assert level_is_kept(sum(check.passed for check in checks))
+    assert not level_is_kept(sum(check.difference <= 0.02 for check in checks))
+
+
+def test_nll_bound_equals_scipys_one_sided_paired_t():
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(2, 50))
+    interval = stats.ttest_rel(second, first, alternative="less").confidence_interval(0.95)
+    assert nll_test(first, second, 0.1).bound == pytest.approx(interval.high)
+
+
+def look(n=600, seed=0, wrong=0.05, outside_shift=0.0):
+    """A net whose energies separate two OOD sets."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(n) % 4
+    logits = generator.normal(size=(n, 4))
+    logits[np.arange(n), labels] += 8
+    bad = np.arange(n) < wrong * n
+    logits[bad] = np.roll(logits[bad], 1, axis=1)
+    energies = -np.log(np.exp(logits).sum(axis=1))
+    outside = {
+        name: generator.normal(shift + outside_shift, 1, 150)
+        for name, shift in (("rotation", -6.0), ("paste", -7.0))
+    }
+    return Look(logits, labels, energies, outside)
+
+
+def judged(candidate, start=None, **settings):
+    limits = {"max_acc_drop": 0.01, "max_nll_rise": 0.05} | settings
+    roles = {"rotation": "guard", "paste": "guard"}
+    return accept(start or look(), candidate, temperatures=(1.0, 1.0), roles=roles, **limits)
+
+
+def test_the_same_net_passes():
+    result = judged(look())
+    assert result.passed
+    assert [test.name for test in result.tests] == ["accuracy", "nll", "auroc"]
+    assert result.auroc["paste"]["difference"]["value"] == 0
+    assert len(result.story) == 3
+    assert all("met" in line for line in result.story)
+
+
+@pytest.mark.parametrize(
+    ("worse", "failed"),
+    [
+        (look(wrong=0.08), {"accuracy", "nll"}),
+        (look(outside_shift=-0.5), {"auroc"}),
+    ],
+)
+def test_a_net_made_worse_by_hand_fails(worse, failed):
+    result = judged(worse)
+    assert not result.passed
+    assert {test.name for test in result.tests if not test.passed} == failed
+    assert any("not met" in line for line in result.story)
+
+
+def test_a_net_whose_probabilities_are_worse_fails_on_the_nll_alone():
+    start = look()
+    flat = Look(start.logits / 10, start.labels, start.energies, start.outside)
+    result = judged(flat, start)
+    assert {test.name for test in result.tests if not test.passed} == {"nll"}
+
+
+def test_logits_that_are_not_finite_fail():
+    broken = look()
+    broken.logits[3, 1] = np.nan
+    result = judged(broken)
+    assert not result.passed
+    assert result.tests[0].name == "finite"
+
+
+def test_the_record_is_json_and_signs_are_those_of_candidate_minus_start():
+    import json
+
+    record = json.loads(json.dumps(judged(look(wrong=0.08)).to_dict()))
+    accuracy, nll, auroc = record["tests"]
+    assert accuracy["difference"] == pytest.approx(-0.03)
+    assert accuracy["bound"] < accuracy["difference"] < 0
+    assert accuracy["limit"] == -0.01
+    assert nll["bound"] > nll["difference"] > 0
+    assert auroc["bound"] <= auroc["difference"]
+    assert record["n"] == 600

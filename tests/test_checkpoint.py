@@ -1,0 +1,188 @@
+"""Checkpoints: a resumed run is the uninterrupted one, bit by bit; others are refused."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from finetune_cases import quick, same, weights_of
+
+from ebm_guard.errors import DataError
+from ebm_guard.training import read_history
+from ebm_guard.training.checkpoint import load_checkpoint, save_checkpoint
+from ebm_guard.training.history import History
+
+SETTINGS = {
+    "margin": {"objective": "margin"},
+    "dat": {"objective": "dat"},
+    "jem": {"objective": "jem", "objective_settings": {"num_steps": 2}, "learning_rate": 1e-5},
+}
+
+
+def interrupt_at(update):
+    """Press Ctrl-C at the end of an update: the next one is finished, then the run stops."""
+
+    def on_event(line):
+        if line["kind"] == "update" and line["update"] == update:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_event
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(name, tmp_path):
+    settings = SETTINGS[name] | {"updates": 20, "evaluate_every": 8, "batch_size": 8}
+    whole = quick(**settings)
+    half = quick(**settings, checkpoint=tmp_path, on_event=interrupt_at(8))
+    assert half.interrupted
+    assert not whole.interrupted
+    assert load_state(tmp_path)["now"]["update"] == 10
+    resumed = quick(**settings, checkpoint=tmp_path, resume=True)
+    assert not resumed.interrupted
+    assert same(weights_of(whole.candidate), weights_of(resumed.candidate))
+    assert lines(whole) == lines(resumed)
+    assert whole.acceptance.to_dict() == resumed.acceptance.to_dict()
+    assert whole.settings == resumed.settings
+
+
+def load_state(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def lines(result):
+    """History without wall times, and without the events of the interruption."""
+    return [
+        {key: value for key, value in line.items() if key != "seconds"}
+        for line in result.history
+        if line["kind"] != "event"
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_rolled_back_resumes_bit_by_bit_too(tmp_path):
+    # The first look at the rows is harmful, so the second attempt is under way at the Ctrl-C.
+    settings = {
+        "objective": "jem",
+        "objective_settings": {"weight_x": 5.0, "alpha": 0.0, "num_steps": 2, "warm_up": 0.0},
+        "updates": 12,
+        "evaluate_every": 4,
+        "learning_rate": 0.3,
+        "attempts": 8,
+    }
+    whole = quick(**settings)
+    attempts = {line["attempt"] for line in whole.history if line["kind"] == "update"}
+    assert len(attempts) > 1
+    count = sum(line["kind"] == "update" for line in whole.history)
+    seen = []
+
+    def on_event(line):
+        seen.append(line["kind"] == "update")
+        if sum(seen) == count // 2 and seen[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    quick(**settings, checkpoint=tmp_path, on_event=on_event)
+    resumed = quick(**settings, checkpoint=tmp_path, resume=True)
+    assert lines(whole) == lines(resumed)
+
+
+def test_ctrl_c_returns_the_best_state_so_far(tmp_path):
+    result = quick(
+        updates=20, evaluate_every=4, on_event=interrupt_at(8), checkpoint=tmp_path, batch_size=8
+    )
+    assert result.interrupted
+    assert result.candidate is not None
+    assert result.acceptance is not None
+    assert [line["update"] for line in result.history if line["kind"] == "evaluation"] == [0, 4, 8]
+    assert "Interrupted after 10 updates." in result.story
+
+
+def test_a_keyboard_interrupt_out_of_the_users_code_ends_the_run_as_well(tmp_path):
+    def objective(context, batch):
+        if context.update == 5:
+            raise KeyboardInterrupt
+        return context.logits(batch.augmented).square().mean() * 1e-6
+
+    result = quick(objective=objective, checkpoint=tmp_path)
+    assert result.interrupted
+    assert load_state(tmp_path)["now"]["update"] == 3
+
+
+def test_ctrl_c_before_the_first_evaluation_returns_the_start():
+    result = quick(on_event=interrupt_at(0))
+    assert result.status == "start returned"
+    assert "interrupted before any state was good enough" in result.reason
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_history_is_written_as_it_goes(tmp_path):
+    counts = []
+
+    def on_event(line):
+        counts.append(len((tmp_path / "history.jsonl").read_text().splitlines()))
+
+    result = quick(checkpoint=tmp_path, on_event=on_event)
+    assert counts == list(range(1, len(counts) + 1))
+    assert read_history(tmp_path / "history.jsonl") == list(result.history)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate"),
+        ({"seed": 9}, "seed was 0, now 9"),
+        ({"objective": "dat"}, "objective.objective was 'margin', now 'dat'"),
+        ({"objective_settings": {"weight": 2.0}}, "objective.weight"),
+        ({"augment": "flip_crop"}, "augment was None, now 'flip_crop'"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs(changed, what, tmp_path):
+    quick(updates=2, checkpoint=tmp_path)
+    with pytest.raises(DataError, match=f"belongs to another run: .*{what}"):
+        quick(**({"updates": 2, "checkpoint": tmp_path, "resume": True} | changed))
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    from finetune_cases import demo_sets
+
+    (images, labels), _ = demo_sets()
+    quick(updates=2, checkpoint=tmp_path)
+    other = images[::-1].copy(), labels[::-1].copy()
+    with pytest.raises(DataError, match=r"data\.train\.fingerprint"):
+        quick(train=other, updates=2, checkpoint=tmp_path, resume=True)
+
+
+def test_a_finished_run_resumes_to_the_same_result(tmp_path):
+    first = quick(checkpoint=tmp_path)
+    again = quick(checkpoint=tmp_path, resume=True)
+    assert same(weights_of(first.candidate), weights_of(again.candidate))
+    assert first.status == again.status
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    with pytest.raises(DataError, match=r"holds no checkpoint\.pt to resume"):
+        quick(checkpoint=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
+def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
+    path = save_checkpoint(tmp_path, {"weights": torch.zeros(100)}, {"seed": 0})
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-300], "text": b"hello", "empty": b""}[damage])
+    with pytest.raises(DataError, match="cannot read checkpoint"):
+        load_checkpoint(tmp_path, {"seed": 0})
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, {"update": 1}, {})
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path, {"update": 2}, {"bad": object()})
+    assert load_checkpoint(tmp_path, {})["update"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_history_lines_hold_no_nan(tmp_path):
+    history = History(tmp_path)
+    history.add("update", 0, loss=float("nan"), parts={"x": float("inf")})
+    line = json.loads((tmp_path / "history.jsonl").read_text())
+    assert line == {"kind": "update", "update": 0, "loss": None, "parts": {"x": None}}
