@@ -531,3 +531,32 @@ def test_bad_input_is_refused_before_the_work(guard):
         AttackOptions(seed=-1)
     with pytest.raises(InvalidInputError, match="labels from 0 to 77"):
         evaluate_robustness(guard, pixels, torch.tensor([0, 1, 2, 77]))
+
+
+class Unreachable(torch.nn.Module):
+    """Name class 1 above a mean of 125.05 grey values; no gradient reaches the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(1e4))
+        self.pretrained_cfg = {"mean": (0.0,), "std": (1.0,), "input_size": (1, 2, 2)}
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, x):
+        rise = self.weight * (x.mean(dim=(1, 2, 3)) - 125.05 / 255)
+        return torch.stack([torch.ones_like(rise), 1 + rise], dim=1)
+
+
+def test_what_rounding_undoes_is_left_out_where_no_gradient_reaches_the_pixels():
+    pixels = torch.full((4, 1, 2, 2), 100 / 255)
+    found = evaluate_robustness(
+        Unreachable(),
+        pixels,
+        torch.zeros(4, dtype=torch.int64),
+        # 100 + 25.12 grey values are beyond the border, and rounded to 125 they are not.
+        options=AttackOptions(threats=(Threat.of("linf", [str(25.12 / 255)]),), corruptions="none"),
+    )
+    row = found.norms[0].epsilons[0]
+    assert row.worst_case.value == 0.0
+    assert row.rounded is None

@@ -37,6 +37,7 @@ from ebm_guard.robustness.preparing import (
     prepared,
     shuffled,
 )
+from ebm_guard.robustness.purify_stage import purified
 from ebm_guard.robustness.records import EpsilonResult, NormResult, OodResult, Robustness
 from ebm_guard.robustness.subject import Subject
 from ebm_guard.robustness.threat import Threat
@@ -172,6 +173,7 @@ def _evaluated(
     sets = {} if context.subject.parts is None else _ood(context, ood, id_scores)
     flags = flags_of(context, norms[0], chains[0], noisy=noisy)
     reference = side_stages.reference_on_survivors(context, norms[0], chains[0])
+    purification = purified(context, norms[0], chains[0], options.purify)
     context.runner.settle()
     n, clean = len(context.examples), context.clean
     return Robustness(
@@ -196,6 +198,7 @@ def _evaluated(
         },
         settings=summary.settings(context, plan, options.time_budget, noisy=noisy),
         left_out=tuple(context.runner.ledger.left_out),
+        purification=purification,
     )
 
 

@@ -171,7 +171,7 @@ def sharpen(context: Context, threat: Threat, index: int, chain: Chain) -> bool:
 
     The attacks stop at the border, where half a grey value undoes the flip; that would make files
     look safer than they are. Rounding is a part of the forward pass here, its gradient the
-    identity.
+    identity; without gradients nothing is pushed, and the figure is left out.
     """
     epsilon = threat.epsilons[index]
     rows = torch.nonzero(chain.fooled & ~chain.wrong_rounded).squeeze(1)
@@ -180,6 +180,8 @@ def sharpen(context: Context, threat: Threat, index: int, chain: Chain) -> bool:
     radius = levels / 255 if threat.norm == "linf" else epsilon.value
     if not len(rows) or not radius:
         return True
+    if not any(attacker.needs_gradient for attacker in context.preset.attackers):
+        return False
     examples, rule = context.examples.select(rows), PGD(_SHARPEN, norm=threat.norm)
     forward = context.subject.forward
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ebm_guard.attacks.geometry import ball_of
 from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.robustness.corruptions import BUILTIN, IMAGECORRUPTIONS
+from ebm_guard.robustness.purify import Purification
 from ebm_guard.robustness.threat import Threat
 
 CORRUPTION_SETS: dict[str, tuple[str, ...]] = {
@@ -37,6 +38,7 @@ class AttackOptions:
         state: folder that keeps the results of finished stages, or None.
         resume: go on from what the folder holds.
         corruptions: ``builtin``, ``imagecorruptions`` (the extra ``corruptions``) or ``none``.
+        purify: also attack the classifier with this SGLD-refined inference, or None.
     """
 
     preset: str = "quick"
@@ -50,6 +52,7 @@ class AttackOptions:
     state: Path | None = None
     resume: bool = False
     corruptions: str = "builtin"
+    purify: Purification | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""

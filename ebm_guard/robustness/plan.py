@@ -13,6 +13,8 @@ import torch
 
 from ebm_guard.attacks import PGD, Examples, Misclassify, Query, climb
 from ebm_guard.robustness.presets import Preset
+from ebm_guard.robustness.purify import MODES, Purification
+from ebm_guard.robustness.purify_attack import PurifyBudget
 from ebm_guard.robustness.records import Record
 from ebm_guard.robustness.runner import Speed
 from ebm_guard.robustness.subject import Subject
@@ -82,6 +84,7 @@ class Scope:
         with_gate: whether attacks on the gate run.
         ood: images of each OOD set, by name.
         eot_samples: passes per gradient.
+        purify: settings of the purification that is attacked too, or None.
     """
 
     preset: Preset
@@ -91,6 +94,7 @@ class Scope:
     with_gate: bool
     ood: dict[str, int]
     eot_samples: int = 1
+    purify: Purification | None = None
 
 
 def pilot(
@@ -183,9 +187,31 @@ def _lines(scope: Scope, n: int, speed: Speed) -> list[Line]:
         images = min(scope.available, preset.corruption_images)
         passes = images * len(preset.corruptions) * len(preset.severities)
         found.append(line("corruptions", images, 0, passes))
+    if scope.purify is not None:
+        found.append(_purified(scope, n, speed))
     if preset.autoattack:
         found.append(line("pyautoattack on the survivors", n, n * last * 1200, n * last * 5000))
     return found
+
+
+def _purified(scope: Scope, n: int, speed: Speed) -> Line:
+    """Estimate the attacks of the purified classifier, as if it stood like the bare one."""
+    if scope.purify is None:
+        raise ValueError("got no settings of a purification")
+    threat = scope.threats[0]
+    budget = PurifyBudget.of(scope.preset.name)
+    needed = budget.needed(scope.purify, scope.eot_samples)
+    stands = scope.standing[0][threat.epsilons.index(threat.reference)]
+    images = min(n, budget.images)
+    answers = images * (stands * (budget.num_steps + 1) + (1 - stands) * _EARLY)
+    costs = [needed.cost(scope.purify, mode) for mode in MODES]
+    gradients = answers * sum(cost["gradients"] for cost in costs)
+    forwards = answers * sum(cost["forwards"] for cost in costs)
+    seconds = round(speed.seconds(forwards, gradients), 1)
+    title = (
+        f"purification ({scope.purify.num_steps} steps) at {threat.norm} {threat.reference.text}"
+    )
+    return Line(title, images, round(gradients), round(forwards), seconds)
 
 
 def _flips(preset: Preset, standing: tuple[float, ...], n: int) -> tuple[float, float]:

@@ -91,6 +91,7 @@ def prepared(
         subject.parts is not None,
         {name: len(pixels) for name, pixels in ood.items()},
         eot_samples,
+        None if closed else options.purify,
     )
     plan = _chosen_plan(scope, speed, options, store, started)
     examples = pool.select(slice(0, plan.n))
@@ -211,5 +212,6 @@ def _fingerprint(
         "score": None if subject.parts is None else subject.parts.score.name,
         "attackers": sorted(options.attackers),
         "corruptions": options.corruptions,
+        "purify": None if options.purify is None else options.purify.to_dict(),
         "package": summary.package_version(),
     }

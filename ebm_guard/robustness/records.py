@@ -176,6 +176,66 @@ class OodResult(Record):
 
 
 @dataclass(frozen=True)
+class PurifiedMode(Record):
+    """What one gradient of the purified classifier left standing.
+
+    Args:
+        name: ``identity``, ``unrolled`` or ``transfer``.
+        label: the attack with its budget.
+        robust_accuracy: share of **all** images still right; None where it was not run.
+        fooled: images right when purified that it made wrong.
+        gradients: it took, in all, those of the sampler among them.
+        forwards: forward passes it took, in all.
+        reason: why it was not run, or ''.
+    """
+
+    name: str
+    label: str
+    robust_accuracy: Metric | None
+    fooled: int
+    gradients: int
+    forwards: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PurificationResult(Record):
+    """A classifier that refines its input, under attack; the gate is not asked.
+
+    Args:
+        settings: of the sampler.
+        norm: ``linf`` or ``l2``.
+        epsilon: in pixel units.
+        text: as people write it.
+        n: images.
+        clean: accuracy of the purified classifier without attack, by the majority of fresh draws.
+        bare_clean: of the bare classifier on the same images.
+        bare: of the bare classifier after all attacks of the table; None where not all ran.
+        modes: one attack for each gradient.
+        worst_case: share of **all** images that no mode fools; None unless all of them ran.
+        eot_samples: gradients averaged in a step.
+        success_draws: fresh predictions that a verdict is the majority of.
+        gradients_per_image: that one prediction takes.
+        forwards_per_image: further forward passes that one prediction takes.
+    """
+
+    settings: Mapping[str, Any]
+    norm: str
+    epsilon: float
+    text: str
+    n: int
+    clean: Metric
+    bare_clean: Metric
+    bare: Metric | None
+    modes: tuple[PurifiedMode, ...]
+    worst_case: Metric | None
+    eot_samples: int
+    success_draws: int
+    gradients_per_image: int
+    forwards_per_image: int
+
+
+@dataclass(frozen=True)
 class Robustness(Record):
     """A whole evaluation.
 
@@ -198,6 +258,7 @@ class Robustness(Record):
         run: seconds, in all and of each stage: what differs between two runs.
         settings: seed, attacks with their settings, versions.
         left_out: what was not run, and why.
+        purification: the classifier with SGLD-refined inference under attack, or None.
     """
 
     preset: str
@@ -218,6 +279,7 @@ class Robustness(Record):
     run: Mapping[str, Any]
     settings: Mapping[str, Any]
     left_out: tuple[Mapping[str, str], ...]
+    purification: PurificationResult | None = None
 
 
 def _plain(value: Any) -> Any:
