@@ -259,7 +259,7 @@ def test_help_of_every_command_loads_no_torch():
     """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[] 9"
+    assert done.stdout.splitlines()[-1] == "[] 11"
 
 
 def test_a_saved_guard_runs_without_timm_and_torchvision(tmp_path):

@@ -14,7 +14,19 @@ import click
 
 from ebm_guard.errors import EbmGuardError
 
-COMMANDS = ("demo", "report", "attack", "fit", "predict", "recalibrate", "shadow", "list", "info")
+COMMANDS = (
+    "demo",
+    "report",
+    "attack",
+    "fit",
+    "predict",
+    "recalibrate",
+    "shadow",
+    "finetune",
+    "sample",
+    "list",
+    "info",
+)
 _INTERRUPTED = 130
 
 

@@ -13,6 +13,7 @@ import click
 from ebm_guard.cli.options import Command, grouped
 
 if TYPE_CHECKING:
+    from ebm_guard.robustness.purify import Purification
     from ebm_guard.robustness.threat import Threat
 
 PRESETS = ("quick", "standard", "full")
@@ -55,6 +56,10 @@ class AttackChoices:
     attacker: tuple[str, ...]
     corruptions: str
     corrupted: tuple[str, ...]
+    purify: int | None
+    purify_step_size: float | None
+    purify_noise: float | None
+    purify_radius: float | None
     resume: bool
 
     def threats(self) -> tuple[Threat, ...] | None:
@@ -68,6 +73,24 @@ class AttackChoices:
         if not self.epsilon:
             return None
         return (Threat.of(self.norm or "linf", self.epsilon),)
+
+    def purification(self) -> Purification | None:
+        """Return the purification that is attacked too, or None.
+
+        Raises:
+            InvalidInputError: a setting out of range.
+        """
+        from ebm_guard.robustness.purify import Purification
+
+        if self.purify is None:
+            return None
+        given: dict[str, Any] = {
+            "step_size": self.purify_step_size,
+            "noise_std": self.purify_noise,
+            "radius": self.purify_radius,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return Purification(self.purify, **chosen)
 
     def attackers(self) -> dict[str, Callable[..., Any]]:
         """Import the attacks that were given, by name.
@@ -150,6 +173,31 @@ def _options(default: str | None) -> tuple[Any, ...]:
             help="CIFAR-10-C or ImageNet-C, of which --data is the clean set. Repeatable.",
         ),
         click.option(
+            "--purify",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Also attack the classifier with N steps of SGLD on its energy before it answers "
+            "(JEM): by three gradients, the worst is reported.",
+        ),
+        click.option(
+            "--purify-step-size",
+            type=float,
+            metavar="NUMBER",
+            help="Factor of the energy's gradient; default: JEM's, 0.25 in [0, 1] pixels.",
+        ),
+        click.option(
+            "--purify-noise",
+            type=float,
+            metavar="NUMBER",
+            help="Standard deviation of the noise of each step; default: JEM's, 0.005.",
+        ),
+        click.option(
+            "--purify-radius",
+            type=float,
+            metavar="NUMBER",
+            help="Largest change of a pixel by purification; default: the box [0, 1] alone.",
+        ),
+        click.option(
             "--resume", is_flag=True, help="Go on with the attacks that were interrupted."
         ),
     )
@@ -181,14 +229,29 @@ def check_attack_choices(choices: AttackChoices) -> None:
         "--attacker": choices.attacker,
         "--corruptions": choices.corruptions != CORRUPTION_SETS[0],
         "--corrupted": choices.corrupted,
+        "--purify": choices.purify,
+        **_tuned(choices),
         "--attack-batch-size": choices.attack_batch_size != _BATCH,
         "--resume": choices.resume,
     }
     ignored = [name for name, value in given.items() if value]
     if choices.attacks is None and ignored:
         raise InvalidInputError(f"got {ignored[0]} without --attacks; add --attacks quick")
+    tuned = [name for name, value in _tuned(choices).items() if value]
+    if choices.purify is None and tuned:
+        raise InvalidInputError(f"got {tuned[0]} without --purify; add --purify 10")
     choices.threats()
+    choices.purification()
     choices.attackers()
+
+
+def _tuned(choices: AttackChoices) -> dict[str, bool]:
+    """Tell which settings of the purification were given."""
+    return {
+        "--purify-step-size": choices.purify_step_size is not None,
+        "--purify-noise": choices.purify_noise is not None,
+        "--purify-radius": choices.purify_radius is not None,
+    }
 
 
 def forget_state(output: Path) -> None:

@@ -97,6 +97,7 @@ def attack(
         resume=choices.resume,
         attackers=choices.attackers(),
         corruptions=choices.corruptions,
+        purify=choices.purification(),
     )
     published = [open_corrupted(folder) for folder in choices.corrupted]
     try:

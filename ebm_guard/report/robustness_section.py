@@ -121,6 +121,7 @@ def _verdict(found: Robustness, norm: NormResult, row: EpsilonResult | None) -> 
             first = _percent(1 - gated.plain.value)
             sentence += f" ({first} by one who stops at the first flip)"
         sentence += "."
+    sentence += _purified(found)
     if found.label_source != "true labels":
         sentence += " Without labels, right means: as the model says without attack."
     if raised and status != BAD:
@@ -136,6 +137,19 @@ def _verdict(found: Robustness, norm: NormResult, row: EpsilonResult | None) -> 
         mean = table["summary"]["accuracy"]["value"]
         sentence += f" On {table['source']}: {_percent(mean)} on average."
     return Verdict(status, headline, sentence)
+
+
+def _purified(found: Robustness) -> str:
+    """Say what purification changes: the worst of its gradients, never the best."""
+    result = found.purification
+    if result is None or result.worst_case is None:
+        return ""
+    return (
+        f" With purification ({result.settings['num_steps']} SGLD steps): "
+        f"{_percent(result.worst_case.value)} at {result.norm} {result.text}, the worst of "
+        f"{len(result.modes)} gradients on {result.n} images; {_percent(result.clean.value)} "
+        "without attack."
+    )
 
 
 def _percent(share: float) -> str:

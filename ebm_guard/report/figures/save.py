@@ -14,9 +14,17 @@ from ebm_guard.report.figures.corruption_map import (
     shown_metrics,
 )
 from ebm_guard.report.figures.energy import energy_histogram
+from ebm_guard.report.figures.finetune import (
+    finetune_ood,
+    finetune_robustness,
+    finetune_training,
+    robust_norms,
+    training_panels,
+)
 from ebm_guard.report.figures.ranking import ranked_scores, roc, score_ranking
 from ebm_guard.report.figures.reliability import reliability
 from ebm_guard.report.figures.robustness import curve_lines, robustness_curve, robustness_ood
+from ebm_guard.report.figures.samples import sample_energies, sample_traces, trace_panels
 from ebm_guard.report.figures.selective import joint_map, risk_coverage
 from ebm_guard.report.figures.style import THEME, drawing
 
@@ -32,18 +40,19 @@ DPI = 200  # twice the usual 100, for sharp pictures on a phone and in print
 def save_figures(report: Mapping[str, Any], folder: Path) -> dict[str, tuple[Path, Path]]:
     """Write each figure that the report has data for as PNG and SVG; return their paths.
 
-    ``report`` is a report, or what ``ebm-guard attack`` found.
+    ``report`` is a report, or what ``ebm-guard attack``, ``finetune`` or ``sample`` wrote.
     """
+    return {name: save_figure(draw(), name, folder) for name, draw in _figures(report)}
+
+
+def save_figure(figure: Figure, name: str, folder: Path) -> tuple[Path, Path]:
+    """Write one figure as PNG and SVG; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for name, draw in _figures(report):
-        figure = draw()
-        png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-        with drawing():
-            figure.savefig(png, dpi=DPI, metadata={"Software": None})
-        svg.write_text(svg_text(figure, name), encoding="utf-8", newline="\n")
-        paths[name] = (png, svg)
-    return paths
+    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+    with drawing():
+        figure.savefig(png, dpi=DPI, metadata={"Software": None})
+    svg.write_text(svg_text(figure, name), encoding="utf-8", newline="\n")
+    return png, svg
 
 
 def inline_svgs(report: Mapping[str, Any]) -> dict[str, str]:
@@ -52,7 +61,12 @@ def inline_svgs(report: Mapping[str, Any]) -> dict[str, str]:
     Panels and not the side-by-side figures, so that a phone can put them under each other.
     The ROC panels are numbered in the order of ``report["ood"]``.
     """
-    panels = {name: draw() for name, draw in _robustness_panels(report["robustness"])}
+    if "outcome" in report:
+        panels = {name: draw() for name, draw in _finetune_panels(report)}
+    elif "samples" in report:
+        panels = {name: draw() for name, draw in _sample_figures(report, single=True)}
+    else:
+        panels = {name: draw() for name, draw in _robustness_panels(report["robustness"])}
     if "calibration" in report:
         panels.update(_report_panels(report))
     return {name: _for_page(svg_text(figure, name)) for name, figure in panels.items()}
@@ -85,6 +99,12 @@ def svg_text(figure: Figure, name: str) -> str:
 
 def _figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """List the figures that the report has data for, each with the call that draws it."""
+    if "outcome" in report:
+        yield from _finetune_figures(report)
+        return
+    if "samples" in report:
+        yield from _sample_figures(report)
+        return
     if "calibration" in report:
         yield from _report_figures(report)
     yield from _robustness_figures(report["robustness"])
@@ -140,6 +160,40 @@ def _robustness_panels(section: Mapping[str, Any]) -> Iterator[tuple[str, Callab
                     yield f"{name}_{number}_{metric}", panel
         else:
             yield name, draw
+
+
+def _finetune_figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Callable[..., Figure]]]:
+    if report["ood"]:
+        yield "finetune_ood", partial(finetune_ood, report)
+    if training_panels(report["training"]):
+        yield "finetune_training", partial(finetune_training, report["training"])
+    if robust_norms(report["robustness"]):
+        yield "finetune_robustness", partial(finetune_robustness, report["robustness"])
+
+
+def _finetune_panels(report: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """List the figures of fine-tuning as single panels, named by what they are of."""
+    for name, draw in _finetune_figures(report):
+        if name == "finetune_training":
+            for panel in training_panels(report["training"]):
+                yield f"{name}_{panel}", partial(draw, panel)
+        elif name == "finetune_robustness":
+            for norm in robust_norms(report["robustness"]):
+                yield f"{name}_{norm['norm']}", partial(draw, norm["norm"])
+        else:
+            yield name, draw
+
+
+def _sample_figures(
+    report: Mapping[str, Any], *, single: bool = False
+) -> Iterator[tuple[str, Callable[..., Figure]]]:
+    panels = trace_panels(report["trace"])
+    if single:
+        for panel in panels:
+            yield f"sample_traces_{panel}", partial(sample_traces, report["trace"], panel)
+    elif panels:
+        yield "sample_traces", partial(sample_traces, report["trace"])
+    yield "sample_energies", partial(sample_energies, report)
 
 
 def _for_page(svg: str) -> str:

@@ -14,12 +14,19 @@ from ebm_guard.errors import DataError
 from ebm_guard.report.render.pages import (
     render_attack_html,
     render_attack_markdown,
+    render_finetune_html,
+    render_finetune_markdown,
     render_html,
     render_markdown,
+    render_sample_html,
+    render_sample_markdown,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from ebm_guard.report.rows import ReportRows
 
@@ -56,6 +63,15 @@ OURS = (
 )
 # The same of the attack command.
 ATTACK_OURS = (Path("robustness.json"), Path("robustness.html"), Path("robustness.md"), *SHARED)
+# The same of the fine-tuning and of the sample command.
+FINETUNE_OURS = (
+    *(Path(f"finetune_report.{ending}") for ending in ("json", "html", "md")),
+    *_drawn(("finetune_ood", "finetune_training", "finetune_robustness")),
+)
+SAMPLE_OURS = (
+    *(Path(f"samples.{ending}") for ending in ("json", "html", "md", "npz")),
+    *_drawn(("sample_sheet", "sample_traces", "sample_energies")),
+)
 
 
 def write_outputs(
@@ -90,8 +106,50 @@ def write_attack_outputs(report: Mapping[str, Any], folder: Path) -> list[Path]:
     return _write(folder, partial(_write_attack, report), ATTACK_OURS, neighbour)
 
 
+def write_finetune_outputs(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write finetune_report.json, .html, .md and the figures; return their paths.
+
+    As a whole or not at all, like :func:`write_outputs`; other files in the folder stay, among
+    them weights and guard.
+
+    Args:
+        report: what ``FinetuneReport.to_dict()`` returns.
+        folder: made if it is missing.
+
+    Raises:
+        DataError: The folder cannot be written, or the report holds a value that JSON lacks.
+    """
+    return _write(folder, partial(_write_finetune, report), FINETUNE_OURS)
+
+
+def write_sample_outputs(
+    report: Mapping[str, Any],
+    folder: Path,
+    images: NDArray[np.uint8],
+    *,
+    keep: bool = False,
+) -> list[Path]:
+    """Write samples.json, .html, .md, the sheet and the figures; return their paths.
+
+    Args:
+        report: what ``SampleReport.to_dict()`` returns.
+        folder: made if it is missing.
+        images: (N, H, W, C), in the order of the report's classes.
+        keep: also write samples.npz: images, labels, energies and class names, a data set that
+            ``npz:`` reads.
+
+    Raises:
+        DataError: The folder cannot be written, or the report holds a value that JSON lacks.
+    """
+    draw = partial(_write_samples, report, images, keep)
+    return _write(folder, draw, SAMPLE_OURS)
+
+
 def _write(
-    folder: Path, draw: Callable[[Path], list[Path]], ours: Sequence[Path], neighbour: Path
+    folder: Path,
+    draw: Callable[[Path], list[Path]],
+    ours: Sequence[Path],
+    neighbour: Path | None = None,
 ) -> list[Path]:
     """Let ``draw`` fill a new folder, and put what it wrote in place of what is ``ours``."""
     folder = Path(folder).absolute()
@@ -106,7 +164,7 @@ def _write(
             staging.mkdir()
             written = draw(staging / "new")
             # Figures of robustness may belong to a report of the other kind beside this one.
-            kept = SHARED if neighbour.exists() else ()
+            kept = SHARED if neighbour is not None and neighbour.exists() else ()
             if room == folder:
                 _exchange(staging, folder, written, [path for path in ours if path not in kept])
             else:
@@ -170,6 +228,43 @@ def _write_attack(report: Mapping[str, Any], folder: Path) -> list[Path]:
         "robustness.md": render_attack_markdown(report),
     }
     return _write_pages(pages, folder) + _write_figures(report, folder)
+
+
+def _write_finetune(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a fine-tuning report into a new folder; return the relative paths."""
+    from ebm_guard.report.figures import inline_svgs
+
+    pages = {
+        "finetune_report.json": canonical_json(report),
+        "finetune_report.html": render_finetune_html(report, inline_svgs(report)),
+        "finetune_report.md": render_finetune_markdown(report),
+    }
+    return _write_pages(pages, folder) + _write_figures(report, folder)
+
+
+def _write_samples(
+    report: Mapping[str, Any], images: NDArray[np.uint8], keep: bool, folder: Path
+) -> list[Path]:
+    """Write samples into a new folder; return the relative paths."""
+    from ebm_guard.report.figures import inline_svgs, sample_sheet, save_figure
+    from ebm_guard.report.sample_images import picture, save_samples
+
+    pictures = [picture(image) for image in images]
+    pages = {
+        "samples.json": canonical_json(report),
+        "samples.html": render_sample_html(report, inline_svgs(report), pictures),
+        "samples.md": render_sample_markdown(report),
+    }
+    paths = _write_pages(pages, folder) + _write_figures(report, folder)
+    labels = [row["label"] for row in report["classes"] for _ in row["energies"]]
+    names = {row["label"]: row["name"] for row in report["classes"]}
+    sheet = sample_sheet(images, labels, names)
+    pair = save_figure(sheet, "sample_sheet", folder / "figures")
+    paths += [path.relative_to(folder) for path in pair]
+    if keep:
+        save_samples(report, images, folder / "samples.npz")
+        paths.append(Path("samples.npz"))
+    return paths
 
 
 def _write_pages(pages: Mapping[str, str], folder: Path) -> list[Path]:

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 from ebm_guard.report.render import (
     calibration_view,
     corruption_view,
+    finetune_view,
+    purification_view,
     robustness_facts,
     robustness_view,
+    sample_view,
     view,
 )
 from ebm_guard.report.render import format as fmt
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from jinja2 import Environment
 
@@ -55,6 +58,37 @@ def render_attack_markdown(report: Mapping[str, Any]) -> str:
     return _render("robustness.md.j2", report)
 
 
+def render_finetune_html(report: Mapping[str, Any], figures_svg: Mapping[str, str]) -> str:
+    """Render a fine-tuning report as one self-contained HTML page.
+
+    ``figures_svg`` is what ``figures.inline_svgs(report)`` returns.
+    """
+    return _render("finetune.html.j2", report, svg=figures_svg)
+
+
+def render_finetune_markdown(report: Mapping[str, Any]) -> str:
+    """Render a fine-tuning report as Markdown."""
+    return _render("finetune.md.j2", report)
+
+
+def render_sample_html(
+    report: Mapping[str, Any], figures_svg: Mapping[str, str], pictures: Sequence[str]
+) -> str:
+    """Render what ``ebm-guard sample`` drew as one self-contained HTML page.
+
+    Args:
+        report: what ``SampleReport.to_dict()`` returns.
+        figures_svg: what ``figures.inline_svgs(report)`` returns.
+        pictures: a PNG as data URI for each sample.
+    """
+    return _render("samples.html.j2", report, svg=figures_svg, pictures=pictures)
+
+
+def render_sample_markdown(report: Mapping[str, Any]) -> str:
+    """Render what ``ebm-guard sample`` drew as Markdown."""
+    return _render("samples.md.j2", report)
+
+
 def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
     return (
         _environment()
@@ -64,8 +98,11 @@ def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
             view=view,
             calview=calibration_view,
             robview=robustness_view,
+            purview=purification_view,
             robfacts=robustness_facts,
             corview=corruption_view,
+            ftview=finetune_view,
+            samview=sample_view,
             fmt=fmt,
             **more,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ebm_guard.report.render import corruption_view
+from ebm_guard.report.render import corruption_view, purification_view
 from ebm_guard.report.render import format as fmt
 from ebm_guard.report.render.robustness_view import has_forced
 
@@ -130,6 +130,9 @@ def facts(section: Mapping[str, Any]) -> list[tuple[str, str]]:
                 ),
             )
         )
+    found = purification_view.result(section)
+    if found is not None:
+        rows.append(("Purification", purification_view.facts(found)))
     outside = sum(max(row["outside"] for row in norm["epsilons"]) for norm in section["norms"])
     if outside:
         text = f"{fmt.count(outside)} results outside the budget, counted as not fooled"

@@ -73,6 +73,11 @@ def key_metrics(section: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, 
         if row["gated"] is not None and row["gated"]["aware"] is not None:
             name = f"Wrong and accepted at {at}, gate known ({gate_labels(row)})"
             yield name, complement(row["gated"]["aware"]), "percent"
+    found = section.get("purification")
+    if found is not None and found["worst_case"] is not None:
+        label = found["modes"][0]["label"]
+        name = f"Robust accuracy with purification at {found['norm']} {found['text']} ({label})"
+        yield name, found["worst_case"], "percent"
     for table in corruption_view.tables(section):
         name = f"Accuracy on corrupted images ({table['source']})"
         yield name, table["summary"]["accuracy"], "percent"
@@ -85,10 +90,10 @@ def norm_table(section: Mapping[str, Any], norm: Mapping[str, Any]) -> list[dict
         {
             "text": "0",
             "note": "no attack",
-            "attacks": [_cell(None, "–") for _ in attacks],
-            "worst": _cell(section["clean"]),
-            "success": _cell(None, "–"),
-            "rounded": _cell(None, "–"),
+            "attacks": [cell(None, "–") for _ in attacks],
+            "worst": cell(section["clean"]),
+            "success": cell(None, "–"),
+            "rounded": cell(None, "–"),
             "mark": False,
         }
     ]
@@ -99,11 +104,11 @@ def norm_table(section: Mapping[str, Any], norm: Mapping[str, Any]) -> list[dict
                 "text": row["text"],
                 "note": _note(section, norm, row),
                 "attacks": [
-                    _cell(item["robust_accuracy"], item["reason"]) for item in row["attacks"]
+                    cell(item["robust_accuracy"], item["reason"]) for item in row["attacks"]
                 ],
-                "worst": _cell(row["worst_case"], missing),
-                "success": _cell(row["success_rate"], missing or "none was right"),
-                "rounded": _cell(row["rounded"], missing),
+                "worst": cell(row["worst_case"], missing),
+                "success": cell(row["success_rate"], missing or "none was right"),
+                "rounded": cell(row["rounded"], missing),
                 "mark": _marked(section, norm, row),
             }
         )
@@ -115,13 +120,13 @@ def gate_table(section: Mapping[str, Any], norm: Mapping[str, Any]) -> list[dict
     if section["clean_gated"] is None:
         return []
     forced = has_forced(norm)
-    empty = _cell(None, "–")
+    empty = cell(None, "–")
     rows = [
         {
             "text": "0",
             "note": "no attack",
-            "known": _cell(complement(section["clean_gated"])),
-            "unknown": _cell(complement(section["clean_gated"])),
+            "known": cell(complement(section["clean_gated"])),
+            "unknown": cell(complement(section["clean_gated"])),
             "success": empty,
             "rejected": empty,
             "forced": empty,
@@ -135,11 +140,11 @@ def gate_table(section: Mapping[str, Any], norm: Mapping[str, Any]) -> list[dict
             {
                 "text": row["text"],
                 "note": _note(section, norm, row),
-                "known": _cell(complement(gated["aware"]), missing),
-                "unknown": _cell(complement(gated["plain"]), missing),
-                "success": _cell(gated["success_rate"], missing or "none was right and accepted"),
-                "rejected": _cell(gated["rejected"], missing or "none was fooled"),
-                "forced": _cell(gated["forced_rejection"], BUDGET if forced else ""),
+                "known": cell(complement(gated["aware"]), missing),
+                "unknown": cell(complement(gated["plain"]), missing),
+                "success": cell(gated["success_rate"], missing or "none was right and accepted"),
+                "rejected": cell(gated["rejected"], missing or "none was fooled"),
+                "forced": cell(gated["forced_rejection"], BUDGET if forced else ""),
                 "mark": _marked(section, norm, row),
             }
         )
@@ -176,7 +181,7 @@ def ood_rows(section: Mapping[str, Any], found: Mapping[str, Any]) -> list[dict[
         {
             "text": text,
             **{
-                name: _cell(done[text][name] if text in done else None, BUDGET)
+                name: cell(done[text][name] if text in done else None, BUDGET)
                 for name in ("accepted", "auroc", "fpr95")
             },
         }
@@ -190,7 +195,7 @@ def has_forced(norm: Mapping[str, Any]) -> bool:
     return any(item["forced_rejection"] is not None for item in gated)
 
 
-def _cell(metric: Mapping[str, Any] | None, words: str = "") -> Cell:
+def cell(metric: Mapping[str, Any] | None, words: str = "") -> Cell:
     """Return a metric, or the words that stand in its place."""
     return {"metric": metric, "words": "" if metric is not None else words or "not run"}
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ebm_guard.report.render import corruption_view, robustness_facts, robustness_view
+from ebm_guard.report.render import (
+    corruption_view,
+    purification_view,
+    robustness_facts,
+    robustness_view,
+)
 from ebm_guard.report.render import format as fmt
 from ebm_guard.report.render.view import SIGNS, STATUS_WORDS, key_numbers, pillars
 
@@ -65,6 +70,10 @@ def render_attack_terminal(report: Mapping[str, Any], console: Console) -> None:
     console.print()
     for norm in section["norms"]:
         console.print(_norm_table(section, norm))
+    refined = purification_view.result(section)
+    if refined is not None:
+        console.print(Text(purification_view.sentence(refined)))
+        console.print(Text(purification_view.WARNING, style="yellow"))
     flags = robustness_facts.flags_sentence(section)
     console.print(Text(flags, style="yellow" if robustness_facts.raised(section) else ""))
     for flag in robustness_facts.raised(section):

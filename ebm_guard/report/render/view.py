@@ -41,6 +41,11 @@ ROLES = {
     "ood": "OOD",
     "synthetic": "synthetic OOD, made from your images",
     "shifted": "your images under other conditions",
+    "train": "train (what the net learns from)",
+    "validation": "validation (chooses, accepts or refuses, and refits the guard)",
+    "outliers": "outliers (trained on as negatives)",
+    "ood_validation": "OOD validation (a part of the acceptance test)",
+    "starts": "starts (where the chains begin)",
 }
 NOT_RUN_NAMES = {
     "groups": "Groups",

@@ -1,0 +1,128 @@
+"""Options of a training run. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import click
+
+from ebm_guard.cli.options import Command, grouped
+from ebm_guard.registry import methods
+
+SCOPES = "all, last_block, head or regex:PATTERN"
+
+
+@dataclass(frozen=True)
+class TrainingChoices:
+    """What the command line says about training."""
+
+    objective: str
+    objective_setting: tuple[str, ...]
+    updates: int | None
+    epochs: float | None
+    learning_rate: float | None
+    train_batch_size: int
+    optimizer: str
+    weight_decay: float
+    scope: str
+    augment: str
+    evaluate_every: int | None
+    max_acc_drop: float
+    max_nll_rise: float
+    precision: str
+    resume: bool
+
+
+_TRAINING_OPTIONS = (
+    click.option(
+        "--objective",
+        default="margin",
+        show_default=True,
+        metavar="NAME|FILE.py:CALL",
+        help=f"{', '.join(row.name for row in methods('objective'))}, or a function (context, "
+        "batch) -> loss of your own.",
+    ),
+    click.option(
+        "--objective-setting",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Of the objective, such as weight=0.5. Repeatable.",
+    ),
+    click.option(
+        "--updates", type=click.IntRange(min=1), help="Steps of the optimiser; default: 200."
+    ),
+    click.option(
+        "--epochs",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Passes over --train-data, instead of --updates.",
+    ),
+    click.option(
+        "--lr",
+        "learning_rate",
+        type=click.FloatRange(min=0, min_open=True),
+        help="Highest learning rate; default: the objective's.",
+    ),
+    click.option(
+        "--train-batch-size",
+        type=click.IntRange(min=1),
+        default=64,
+        show_default=True,
+        help="Images of an update, over all processes.",
+    ),
+    click.option(
+        "--optimizer",
+        type=click.Choice(["adamw", "sgd"]),
+        default="adamw",
+        show_default=True,
+        help="sgd has Nesterov momentum 0.9.",
+    ),
+    click.option(
+        "--weight-decay",
+        type=click.FloatRange(min=0),
+        default=1e-4,
+        show_default=True,
+        help="Of matrices and kernels.",
+    ),
+    click.option(
+        "--scope", default="all", show_default=True, metavar="SCOPE", help=f"What moves: {SCOPES}."
+    ),
+    click.option(
+        "--augment",
+        default="none",
+        show_default=True,
+        metavar="none|flip_crop|FILE.py:CALL",
+        help="Of the cross-entropy stream alone.",
+    ),
+    click.option(
+        "--evaluate-every",
+        type=click.IntRange(min=1),
+        help="Updates between evaluations; default: eight times a run.",
+    ),
+    click.option(
+        "--max-acc-drop",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        default=0.01,
+        show_default=True,
+        help="Largest loss of accuracy that is accepted, as a share.",
+    ),
+    click.option(
+        "--max-nll-rise",
+        type=click.FloatRange(min=0, min_open=True),
+        default=0.02,
+        show_default=True,
+        help="Largest rise of the NLL after temperature that is accepted, in nats.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "float32", "bfloat16"]),
+        default="auto",
+        show_default=True,
+        help="auto: bfloat16 on CUDA where the device has it.",
+    ),
+    click.option("--resume", is_flag=True, help="Go on with a run that was interrupted."),
+)
+
+
+def training_options(command: Command) -> Command:
+    """Add the options of :class:`TrainingChoices`; the command gets them as ``training``."""
+    return grouped(command, "training", TrainingChoices, _TRAINING_OPTIONS)
