@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ebm_guard.predictions import Predictions, predict
     from ebm_guard.report import Report, build_report
     from ebm_guard.robustness import AttackOptions, evaluate_robustness
+    from ebm_guard.sampling import SampleSheet, sample
+    from ebm_guard.training import FinetuneResult, finetune
 
 # Names load on first use (PEP 562): `import ebm_guard` imports neither torch nor matplotlib.
 _HOMES = {
@@ -34,6 +36,10 @@ _HOMES = {
     "build_report": "ebm_guard.report",
     "AttackOptions": "ebm_guard.robustness",
     "evaluate_robustness": "ebm_guard.robustness",
+    "SampleSheet": "ebm_guard.sampling",
+    "sample": "ebm_guard.sampling",
+    "FinetuneResult": "ebm_guard.training",
+    "finetune": "ebm_guard.training",
 }
 
 __all__ = [
@@ -43,13 +49,17 @@ __all__ = [
     "AttackOptions",
     "Decision",
     "EnergyClassifier",
+    "FinetuneResult",
     "Guard",
     "Predictions",
     "Preprocessing",
     "Report",
+    "SampleSheet",
     "build_report",
     "evaluate_robustness",
+    "finetune",
     "predict",
+    "sample",
     "wrap",
 ]
 

@@ -30,7 +30,7 @@ def interrupt_at(update):
     return on_event
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["margin", "jem", pytest.param("dat", marks=pytest.mark.slow)])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(name, tmp_path):
     settings = SETTINGS[name] | {"updates": 20, "evaluate_every": 8, "batch_size": 8}
     whole = quick(**settings)

@@ -1449,3 +1449,13 @@ def test_a_limit_holds_for_stored_rows_too(tmp_path):
     assert report["data"]["evaluation"]["n"] == 200
     assert report["data"]["evaluation"]["limit"] == 200
     assert "limited" in {item["code"] for item in report["warnings"]}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_example_lines_of_the_help_are_kept(name, capsys):
+    assert run([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "\\b" not in text
+    lines = [line.strip() for line in text.splitlines()]
+    if name not in ("demo", "list", "info"):
+        assert any(line.startswith(f"ebm-guard {name} ") for line in lines)

@@ -141,7 +141,7 @@ def test_an_attempt_without_a_good_state_is_made_again_at_half_the_rate():
         return -nn.functional.cross_entropy(context.logits(batch.pixels), batch.labels)
 
     result = quick(
-        max_nll_rise=1e-9, attempts=1, objective=unlearn, learning_rate=1e-4, evaluate_every=6
+        max_nll_rise=1e-9, attempts=1, objective=unlearn, learning_rate=3e-2, evaluate_every=6
     )
     updates = [line for line in result.history if line["kind"] == "update"]
     assert [line["update"] for line in updates] == [*range(6), *range(6)]

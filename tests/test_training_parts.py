@@ -351,3 +351,22 @@ def test_evaluation_equals_the_metrics_of_the_report():
         truth = [0] * len(look.energies) + [1] * len(part)
         expected = roc_auc_score(truth, np.concatenate([look.energies, part]))
         assert found.auroc[name] == pytest.approx(expected)
+
+
+def test_an_attempt_that_ends_without_a_good_state_is_in_vain():
+    # No state can be chosen: the NLL must not rise at all, and the labels are wrong on purpose.
+    from finetune_cases import demo_sets, quick
+
+    (images, labels), _ = demo_sets()
+    result = quick(
+        train=(images, (labels + 1) % 8),
+        objective="cross_entropy",
+        learning_rate=1e-4,
+        max_nll_rise=0.01,
+        max_acc_drop=0.9,
+        max_ece_rise=1e-9,
+        attempts=1,
+        evaluate_every=6,
+    )
+    events = [line["text"] for line in result.history if line["kind"] == "event"]
+    assert "no state kept accuracy, NLL and ECE within their limits" in events[0]

@@ -43,6 +43,8 @@ class LazyGroup(click.Group):
             return None
         module = import_module(f"ebm_guard.cli.{cmd_name}_command")
         command: click.Command = module.command
+        # Docstrings with a backslash are raw; click's mark of lines to keep is the character.
+        command.help = (command.help or "").replace("\\b\n", "\b\n")
         return command
 
     def resolve_command(

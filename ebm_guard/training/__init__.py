@@ -2,7 +2,7 @@
 
 from ebm_guard.training.acceptance import Acceptance, accept
 from ebm_guard.training.context import Context, TrainingBatch
-from ebm_guard.training.finetune import finetune
+from ebm_guard.training.finetuning import finetune
 from ebm_guard.training.history import read_history
 from ebm_guard.training.images import TrainingImages, as_training_images
 from ebm_guard.training.objectives import LossTerms, Objective, make_objective

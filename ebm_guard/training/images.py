@@ -44,6 +44,7 @@ class TrainingImages:
         self, images: Tensor, labels: Tensor | None = None, *, source: str = "arrays"
     ) -> None:
         self._store: _Store = _InMemory(_stored(images, source))
+        self._hashes: NDArray[np.uint64] | None = None
         self.labels = _checked_labels(labels, len(images), source)
         self.source = source
 
@@ -69,7 +70,7 @@ class TrainingImages:
                 "--img-size (image_size=)"
             )
         made = cls.__new__(cls)
-        made._store = _Decoded(source, preprocessing)
+        made._store, made._hashes = _Decoded(source, preprocessing), None
         labels = None if source.labels is None else torch.from_numpy(source.labels)
         made.labels = _checked_labels(labels, len(source), source.spec)
         made.source = source.spec
@@ -123,7 +124,7 @@ class TrainingImages:
     def select(self, rows: Rows) -> TrainingImages:
         """Return some of the images, in the given order."""
         made = type(self).__new__(type(self))
-        made._store = self._store.select(rows)
+        made._store, made._hashes = self._store.select(rows), None
         made.labels = None if self.labels is None else self.labels[torch.from_numpy(rows)]
         made.source = self.source
         return made
@@ -141,7 +142,10 @@ class TrainingImages:
 
     def hashes(self, rows: Rows | None = None) -> NDArray[np.uint64]:
         """Hash the 8-bit pixels of some or all images: equal however the images were given."""
-        rows = np.arange(len(self), dtype=np.int64) if rows is None else rows
+        if rows is None:
+            if self._hashes is None:
+                self._hashes = self.hashes(np.arange(len(self), dtype=np.int64))
+            return self._hashes
         parts = [
             hash_inputs((self.pixels(rows[at : at + _CHUNK]) * 255).round().to(torch.uint8))
             for at in range(0, len(rows), _CHUNK)

@@ -17,7 +17,7 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 @dataclass(frozen=True)
 class FineTuneOptions:
-    """Settings of a run; see :func:`ebm_guard.training.finetune` for their meaning.
+    """Settings of a run; see :func:`ebm_guard.training.finetuning` for their meaning.
 
     Args:
         updates: steps of the optimiser.
