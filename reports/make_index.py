@@ -30,6 +30,12 @@ other work beside it.
 | --- | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: |
 """
 REST = """
+## Fine-tuning
+
+Scripts, results with seeds and environment, and a page for each: [fashion_mnist](finetune/fashion_mnist/README.md)
+(every objective, three seeds), [cifar10_resnet20](finetune/cifar10_resnet20/README.md),
+[mnist0to7_densenet](finetune/mnist0to7_densenet/README.md) (against a published fine-tuned net).
+
 Other folders: [demo_classifier](demo_classifier/README.md) (the embedded demo's network, by seed),
 [timm_sweep](timm_sweep/README.md) (one model of every timm module), [benchmarks](benchmarks) (ratios).
 """

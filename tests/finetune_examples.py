@@ -11,6 +11,7 @@ from ebm_guard.model import EnergyClassifier, Preprocessing
 from ebm_guard.predictions import Predictions
 from ebm_guard.report.finetune_report import Sides, finetune_report
 from ebm_guard.report.paired import Pair
+from ebm_guard.training.temperatures import Temperatures
 
 EVIL = "<script>alert('x')</script> `a` $b$ [/red] _c_ | 犬"
 N, C = 80, 3
@@ -66,7 +67,17 @@ def evaluation(update, auroc, *, best=False):
     }  # fmt: skip
 
 
-def result(status="accepted", *, acceptance=True, rollback=True):
+def net(seed=0):
+    """Make a linear net with weights of its own."""
+    found = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, C)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in found.parameters():
+            part.copy_(torch.randn(part.shape, generator=generator))
+    return found
+
+
+def result(status="accepted", *, acceptance=True, rollback=True, temperatures=None):
     tests = [
         dict(
             zip(
@@ -90,7 +101,7 @@ def result(status="accepted", *, acceptance=True, rollback=True):
                 "role": "guard",
             }
         },
-        "temperature": {"start": 1.5, "candidate": 0.7},
+        "temperature": (temperatures or Temperatures(1.5, 0.7)).to_dict(),
     }
     return SimpleNamespace(
         status=status,
@@ -98,9 +109,15 @@ def result(status="accepted", *, acceptance=True, rollback=True):
         story=("First it trained.", f"Then {EVIL}."),
         acceptance=SimpleNamespace(to_dict=lambda: copy.deepcopy(found)) if acceptance else None,
         history=history(rollback),
-        settings={"objective": {"name": "margin", "weight": 0.1}, "updates": 12, "scope": EVIL},
+        settings={
+            "objective": {"objective": "margin", "weight": 0.1},
+            "updates": 12,
+            "scope": EVIL,
+        },
         seconds=3.5,
         interrupted=False,
+        start=net(0),
+        model=net(1 if status == "accepted" else 0),
     )
 
 
@@ -126,6 +143,7 @@ def robustness(seed, lost=0, *, cut=False):
         return SimpleNamespace(
             epsilon=float(text), text=text, attacks=attacks,
             worst_case=proportion(max(0, left - lost), n) if whole else None,
+            standing=tuple(row < max(0, left - lost) for row in range(n)) if whole else (),
         )  # fmt: skip
 
     lines = tuple(budget(text, left) for text, left in (("0.1", 30), ("0.2", 12)))
@@ -141,17 +159,17 @@ def robustness(seed, lost=0, *, cut=False):
         corruptions=table, flags=({"name": "flat_curve", "status": "raised"},),
         cost={"gradients": int(rng.integers(100, 200))},
         left_out=({"name": EVIL, "reason": "not a part"},),
+        right=tuple(row < 38 for row in range(n)),
     )  # fmt: skip
 
 
 def report(found=None, both="default", **more):
     both = sides() if both == "default" else both
-    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, C)).eval()
     preprocessing = Preprocessing((0.5,), (0.5,), image_size=(2, 2))
     content = finetune_report(
         found or result(),
         both,
-        EnergyClassifier(net, preprocessing=preprocessing),
+        EnergyClassifier(net(0), preprocessing=preprocessing),
         {},
         known=pair(1).start,
         command=f"ebm-guard finetune {EVIL}",

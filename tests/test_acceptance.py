@@ -1,5 +1,7 @@
 """The acceptance test: its bounds against oracles, its level by simulation, bad nets refused."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,14 +9,17 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from ebm_guard.errors import InvalidInputError
+from ebm_guard.training import finishing
 from ebm_guard.training.acceptance import (
     accept,
     accuracy_test,
     nll_test,
-    rows_needed,
-    tango_upper,
 )
-from ebm_guard.training.selection import Look
+from ebm_guard.training.bounds import loss_upper, rows_needed, tango_upper
+from ebm_guard.training.options import FineTuneOptions
+from ebm_guard.training.safeguard import harm, within_limits
+from ebm_guard.training.selection import Evaluation, Look
+from ebm_guard.training.temperatures import Temperatures
 
 RUNS = 2000
 
@@ -62,7 +67,8 @@ def test_tango_bound_is_above_the_estimate_and_grows_with_losses(data):
 def test_rows_needed_is_the_first_number_that_can_pass():
     for drop in (0.005, 0.01, 0.05):
         n = rows_needed(drop)
-        assert tango_upper(0, 0, n) <= drop < tango_upper(0, 0, n - 1)
+        assert loss_upper(0, 0, n) <= drop < loss_upper(0, 0, n - 1)
+        assert (1 - drop) ** n <= 0.05 < (1 - drop) ** (n - 1)
 
 
 @pytest.mark.parametrize(("lost", "gained", "n"), [(0, 0, 0), (-1, 0, 5), (3, 3, 5)])
@@ -142,7 +148,9 @@ def look(n=600, seed=0, wrong=0.05, outside_shift=0.0):
 def judged(candidate, start=None, **settings):
     limits = {"max_acc_drop": 0.01, "max_nll_rise": 0.05} | settings
     roles = {"rotation": "guard", "paste": "guard"}
-    return accept(start or look(), candidate, temperatures=(1.0, 1.0), roles=roles, **limits)
+    return accept(
+        start or look(), candidate, temperatures=Temperatures(1.0, 1.0), roles=roles, **limits
+    )
 
 
 def test_the_same_net_passes():
@@ -194,3 +202,146 @@ def test_the_record_is_json_and_signs_are_those_of_candidate_minus_start():
     assert nll["bound"] > nll["difference"] > 0
     assert auroc["bound"] <= auroc["difference"]
     assert record["n"] == 600
+
+
+# The exact bound where no row was gained
+
+
+def pass_rate(bound, limit, n, gains):
+    """Compute how often a net passes that loses exactly the limit, by summing over all outcomes."""
+    counts = np.arange(25)
+    most = [max((b for b in range(25) if bound(b, c, n) <= limit), default=-1) for c in range(25)]
+    lost = stats.binom.cdf(most, n - counts, (gains + limit) / (1 - gains))
+    return float((stats.binom.pmf(counts, n, gains) * np.where(np.array(most) < 0, 0, lost)).sum())
+
+
+def test_level_at_the_fewest_rows_is_exact_where_nothing_is_gained():
+    for limit in (0.01, 0.02, 0.05):
+        n = rows_needed(limit)
+        assert pass_rate(loss_upper, limit, n, 0.0) <= 0.05
+        assert pass_rate(loss_upper, limit, n, 0.02) <= 0.053
+    # Tango's bound alone would let a net pass at 268 rows, 6.8 % of the time.
+    assert tango_upper(0, 0, 268) <= 0.01
+    assert pass_rate(tango_upper, 0.01, 268, 0.0) > 0.065
+
+
+def test_level_near_the_fewest_rows_by_simulation():
+    generator = np.random.default_rng(13)
+    n, runs = rows_needed(0.01), 20_000
+    lost = generator.binomial(n, 0.01, size=runs)
+
+    def passes(bound, rows):
+        passing = {int(b): bound(int(b), 0, rows) <= 0.01 for b in np.unique(lost)}
+        return sum(passing[int(b)] for b in lost)
+
+    start = np.ones(n, dtype=bool)
+    for b in (0, 1, 5):
+        assert accuracy_test(start, np.arange(n) >= b, 0.01).passed == (loss_upper(b, 0, n) <= 0.01)
+    assert stats.binomtest(passes(loss_upper, n), runs, 0.05, alternative="greater").pvalue > 1e-3
+    lost = generator.binomial(268, 0.01, size=runs)
+    wrong = passes(tango_upper, 268)
+    assert stats.binomtest(wrong, runs, 0.05, alternative="greater").pvalue < 1e-6
+
+
+def test_the_exact_bound_is_clopper_and_pearsons():
+    for lost, n in ((0, 299), (3, 800), (7, 90)):
+        interval = stats.binomtest(lost, n).proportion_ci(0.9, method="exact")
+        assert loss_upper(lost, 0, n) == pytest.approx(max(interval.high, tango_upper(lost, 0, n)))
+        assert loss_upper(lost, 0, n) >= interval.high - 1e-9
+    assert loss_upper(3, 1, 300) == tango_upper(3, 1, 300)
+    assert loss_upper(4, 0, 4) == 1
+
+
+# Temperatures
+
+
+def sure(n=110, wrong=0, seed=3, classes=8):
+    """Logits that are right but for the first rows."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, n)
+    logits = generator.normal(size=(n, classes))
+    at = np.where(np.arange(n) < wrong, (labels + 1) % classes, labels)
+    logits[np.arange(n), at] += 20
+    energies = -np.log(np.exp(logits).sum(axis=1))
+    return Look(logits, labels, energies, {"paste": generator.normal(size=50)})
+
+
+def test_a_temperature_that_was_not_found_never_decides_the_comparison():
+    """The same net on both sides: only the fits on the selection rows differ."""
+    separable, fitted = sure().fit, sure(wrong=1).fit
+    assert (separable.status, fitted.status) == ("separable", "converged")
+    assert fitted.temperature > 2
+    rows = sure(n=600, wrong=6, seed=4)
+    for pair in (Temperatures.of(separable, fitted), Temperatures.of(fitted, separable)):
+        assert pair.start == pair.candidate == fitted.temperature
+        result = accept(
+            rows,
+            rows,
+            temperatures=pair,
+            max_acc_drop=0.01,
+            max_nll_rise=0.02,
+            roles={"paste": "guard"},
+        )
+        assert result.passed
+        assert result.tests[1].difference == 0
+        assert "separable" not in result.story[0]
+        assert result.story[0].startswith("No temperature could be fitted on the selection rows")
+        record = result.to_dict()["temperature"]
+        assert record == {
+            "start": fitted.temperature,
+            "candidate": fitted.temperature,
+            "note": result.story[0],
+        }
+    # What was wrong: T = 1 beside a fitted T, at equal logits.
+    gap = float((rows.nll(1.0) - rows.nll(fitted.temperature)).mean())
+    assert abs(gap) > 0.02
+
+
+def test_each_side_has_its_own_temperature_where_both_were_found_and_1_where_none():
+    one, two, none = sure(wrong=1).fit, sure(wrong=5).fit, sure().fit
+    pair = Temperatures.of(one, two)
+    assert (pair.start, pair.candidate) == (one.temperature, two.temperature)
+    assert pair.note == ""
+    neither = Temperatures.of(none, none)
+    assert (neither.start, neither.candidate) == (1.0, 1.0)
+    assert "T = 1" in neither.note
+
+
+def test_choosing_a_state_uses_the_common_temperature_too():
+    options = FineTuneOptions(max_nll_rise=0.02, max_acc_drop=0.05)
+    start, found = sure(wrong=1), sure()
+    # The better net has no temperature. At T = 1 against the other's fitted T its calibration
+    # would look much better than it is, and the other way round much worse.
+    assert harm(found, found, options) is None
+    pair = Temperatures.of(start.fit, found.fit)
+    before, after = Evaluation.of(start, pair.start), Evaluation.of(found, pair.candidate)
+    assert before.temperature == after.temperature == start.fit.temperature
+    assert (before.temperature_status, after.temperature_status) == ("converged", "separable")
+    assert Temperatures.of(start.fit, after.fit) == pair
+    assert within_limits(before, after, options)
+    again = after.with_numbers(after.numbers())
+    assert again == after
+
+
+def test_harm_is_not_found_in_a_temperature_that_is_missing():
+    start, found = sure(n=400), sure(n=400, wrong=1)
+    assert (start.fit.status, found.fit.status) == ("separable", "converged")
+    options = FineTuneOptions(max_nll_rise=0.002, max_acc_drop=0.05)
+    assert harm(start, found, options) is None
+    # Each at its own T = 1 or not, one wrong row would look like a rise on all rows.
+    rise = found.nll(found.fit.temperature) - start.nll(1.0)
+    low = rise.mean() - 1.65 * rise.std(ddof=1) / np.sqrt(len(rise))
+    assert low > 3 * options.max_nll_rise
+
+
+def test_the_end_of_a_run_pairs_the_temperatures():
+    selected, rows = sure(wrong=1), sure(n=600, wrong=6, seed=4)
+    prepared = SimpleNamespace(
+        on_selection=sure(),
+        on_acceptance=rows,
+        acceptance=SimpleNamespace(roles={"paste": "guard"}),
+        options=FineTuneOptions(),
+    )
+    result = finishing._accept(prepared, rows, Evaluation.of(selected))
+    assert result.passed
+    assert result.temperature.start == result.temperature.candidate == selected.fit.temperature

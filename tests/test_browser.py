@@ -13,13 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
+from finetune_examples import pair, report, robustness, sides
 
 from ebm_guard import EnergyClassifier, Predictions, build_report, predict
+from ebm_guard.cli import cli
 from ebm_guard.data import batches, open_source
 from ebm_guard.data.demo import demo_classifier
 from ebm_guard.report import Settings
 from ebm_guard.report.comparison import Baseline
-from ebm_guard.report.render import write_attack_outputs, write_outputs
+from ebm_guard.report.finetune_section import Finetuned
+from ebm_guard.report.render import (
+    write_attack_outputs,
+    write_finetune_outputs,
+    write_outputs,
+    write_sample_outputs,
+)
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.slow
@@ -27,7 +36,7 @@ pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "<script>alert('x')</script> & \"b\""
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-PAGES = ("demo", "hostile", "unlabelled", "attack")
+PAGES = ("demo", "hostile", "unlabelled", "attack", "finetune", "samples")
 ATTACKED = Path(__file__).parent / "fixtures" / "robustness_standard.json"
 
 
@@ -40,7 +49,7 @@ def chromium():
     return path
 
 
-# --- four reports
+# --- the pages
 
 
 def demo_report():
@@ -97,24 +106,50 @@ def hostile_report():
 
 
 def unlabelled_report():
-    logits = np.random.default_rng(1).normal(size=(200, 5))
-    return build_report(Predictions(logits, source="logits:rows.npz"))
+    rows = Predictions(np.random.default_rng(1).normal(size=(200, 5)), source="logits:rows.npz")
+    return build_report(rows)
 
 
-def save_attack(report, folder):
+def save_attack(found, folder):
     """The page of the attack command, with a hostile name, under the name of the others."""
     section = json.loads(ATTACKED.read_text(encoding="utf-8"))
     section["ood"]["x" * 80 + EVIL] = copy.deepcopy(section["ood"]["c100"])
     section["published"] = [copy.deepcopy(section["corruptions"])]
     section["flags"][0].update(status="raised", advice="look for rounding in the model")
-    found = {
+    whole = {
         "schema": "ebm_guard.attack/1",
-        "meta": report["meta"],
-        "data": report["data"]["evaluation"],
+        "meta": found["meta"],
+        "data": found["data"]["evaluation"],
         "robustness": section,
     }
-    write_attack_outputs(found, folder)
+    write_attack_outputs(whole, folder)
     (folder / "robustness.html").rename(folder / "report.html")
+
+
+def save_finetune(folder):
+    """The page of the fine-tuning command, with hostile names and every section."""
+    names = {EVIL: "unseen", "x" * 80: "validation", "very_long_name_" * 6: "trained_on"}
+    ood = {
+        name: (role, pair(number, labels=False, shift=number - 9.0))
+        for number, (name, role) in enumerate(names.items(), start=8)
+    }
+    both, attacks = sides(ood={**sides().ood, **ood}), (robustness(0), robustness(1, lost=3))
+    write_finetune_outputs(report(both=both, robustness=attacks, title=EVIL * 3), folder)
+    (folder / "finetune_report.html").rename(folder / "report.html")
+
+
+def save_samples(folder):
+    """The page of the sample command, a class of it with a hostile name."""
+    args = ["sample", "--data", "demo:", "--classes", "0,3", "--per-class", "9", "--steps", "6",
+            "--save-samples", "-q", "-o", str(folder)]  # fmt: skip
+    result = CliRunner().invoke(cli, args, standalone_mode=False)
+    assert result.exception is None
+    found = json.loads((folder / "samples.json").read_text(encoding="utf-8"))
+    images = np.load(folder / "samples.npz")["images"]
+    found["classes"][1]["name"] = "x" * 80 + EVIL
+    found["classes"][1].update(predicted=[2] * 9, agrees=[False] * 9)
+    write_sample_outputs(found, folder, images if images.ndim == 4 else images[..., None])
+    (folder / "samples.html").rename(folder / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +159,16 @@ def pages(tmp_path_factory):
     folders = {}
     for name, make in made.items():
         folders[name] = tmp_path_factory.mktemp(name)
-        report = make()
-        report.save(folders[name])
+        found = make()
+        found.save(folders[name])
     folders["attack"] = tmp_path_factory.mktemp("attack")
-    save_attack(report.to_dict(), folders["attack"])
-    # The last report once more, with the same section inside it.
-    section = json.loads(ATTACKED.read_text(encoding="utf-8"))
-    write_outputs({**report.to_dict(), "robustness": section}, folders["unlabelled"])
+    save_attack(found.to_dict(), folders["attack"])
+    for name, save in (("finetune", save_finetune), ("samples", save_samples)):
+        save(folders.setdefault(name, tmp_path_factory.mktemp(name)))
+    # The last report once more, with the sections of both commands inside it.
+    tuned = Finetuned.read(folders["finetune"]).section.to_dict()
+    sections = {"robustness": json.loads(ATTACKED.read_text("utf-8")), "finetune": tuned}
+    write_outputs({**found.to_dict(), **sections}, folders["unlabelled"])
     return folders
 
 
@@ -204,6 +242,11 @@ PROBLEMS = """() => {
     const box = item.getBoundingClientRect();
     if (!box.width || item.closest('svg') || item.closest('.skip') || scrolled(item)) continue;
     if (box.right > room + 1) say(item, 'beyond the edge');
+  }
+  for (const item of document.querySelectorAll('figure svg text')) {
+    const box = item.getBoundingClientRect(), fig = item.closest('figure').getBoundingClientRect();
+    const out = box.left < fig.left - 2 || box.right > fig.right + 2;
+    if (out && !scrolled(item)) say(item, 'beyond its figure');
   }
   return found;
 }"""
@@ -340,6 +383,7 @@ def test_a_page_is_below_a_megabyte_without_its_pictures(pages, name):
     [
         "document.querySelector('figure svg').style.display = 'none'",
         "document.querySelector('figure svg').style.marginLeft = '2000px'",
+        "document.querySelector('figure svg text').setAttribute('x', '-90')",
         "document.querySelector('h2').style.cssText = 'width: 3000px'",
     ],
 )

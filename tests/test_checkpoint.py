@@ -4,13 +4,15 @@ import json
 import os
 import signal
 
+import numpy as np
 import pytest
 import torch
-from finetune_cases import quick, same, weights_of
+from finetune_cases import demo_sets, quick, same, weights_of
 
 from ebm_guard.errors import DataError
-from ebm_guard.training import read_history
+from ebm_guard.training import LossTerms, Objective, make_objective, read_history
 from ebm_guard.training.checkpoint import load_checkpoint, save_checkpoint
+from ebm_guard.training.distributed import World
 from ebm_guard.training.history import History
 
 SETTINGS = {
@@ -143,8 +145,6 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(changed, what,
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
-    from finetune_cases import demo_sets
-
     (images, labels), _ = demo_sets()
     quick(updates=2, checkpoint=tmp_path)
     other = images[::-1].copy(), labels[::-1].copy()
@@ -186,3 +186,83 @@ def test_history_lines_hold_no_nan(tmp_path):
     history.add("update", 0, loss=float("nan"), parts={"x": float("inf")})
     line = json.loads((tmp_path / "history.jsonl").read_text())
     assert line == {"kind": "update", "update": 0, "loss": None, "parts": {"x": None}}
+
+
+@pytest.mark.parametrize("name", ["margin", "jem", "dat", "hdge"])
+def test_the_same_objective_object_goes_on_with_its_run(name, tmp_path):
+    """What it measured in the first run is not what it was given."""
+    settings = {"num_steps": 2} if name == "jem" else {}
+    objective = make_objective(name, **settings)
+    first = quick(objective=objective, checkpoint=tmp_path, on_event=interrupt_at(2))
+    assert first.interrupted
+    resumed = quick(objective=objective, checkpoint=tmp_path, resume=True)
+    whole = quick(objective=make_objective(name, **settings))
+    assert lines(resumed) == lines(whole)
+
+
+def test_identity_and_not_settings_is_what_a_checkpoint_agrees_with(tmp_path):
+    class Counting(Objective):
+        name = "counting"
+        begun = 0
+
+        def begin(self, context, batch):
+            self.begun += 1
+
+        def loss(self, context, batch):
+            return LossTerms(context.logits(batch.pixels).square().mean() * 1e-6)
+
+        def settings(self):
+            return {"objective": self.name, "begun": self.begun}
+
+        def identity(self):
+            return {"objective": self.name}
+
+    objective = Counting()
+    quick(objective=objective, updates=2, checkpoint=tmp_path)
+    result = quick(objective=objective, updates=2, checkpoint=tmp_path, resume=True)
+    assert result.settings["objective"]["begun"] == 1
+
+
+def test_a_run_does_not_start_over_the_checkpoint_of_another(tmp_path):
+    quick(updates=2, checkpoint=tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match=r"holds checkpoint\.pt of an earlier run.*resume=True"):
+        quick(updates=4, checkpoint=tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    # One of another process is in the way as well.
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint.rank1.pt")
+    with pytest.raises(DataError, match=r"checkpoint\.rank1\.pt"):
+        quick(updates=4, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("what", ["labels", "fingerprint"])
+def test_one_other_label_or_late_image_is_another_data_set(what, tmp_path):
+    (images, labels), _ = demo_sets()
+    quick(updates=2, checkpoint=tmp_path)
+    images, labels = images.copy(), labels.copy()
+    if what == "labels":
+        # The sum of the labels stays.
+        first, second = np.flatnonzero(labels == 0)[0], np.flatnonzero(labels == 1)[0]
+        labels[[first, second]] = labels[[second, first]]
+    else:
+        images[-1] = images[-1][::-1]
+    with pytest.raises(DataError, match=rf"data\.train\.{what}"):
+        quick(train=(images, labels), updates=2, checkpoint=tmp_path, resume=True)
+
+
+def test_what_the_first_process_found_holds_for_all(monkeypatch):
+    """Another process would have chosen otherwise by its own last bits."""
+    plain = World.from_first
+
+    def of_first(self, values):
+        if len(values) < 8:
+            return plain(self, values)
+        # Harmed, eligible, status of T, accuracy, ...
+        return [0.0, 0.0, 2.0, 0.25, *values[4:]]
+
+    monkeypatch.setattr(World, "from_first", of_first)
+    result = quick(updates=3, attempts=0)
+    line = [line for line in result.history if line["kind"] == "evaluation"][-1]
+    assert (line["accuracy"], line["temperature_status"]) == (0.25, "separable")
+    assert line["eligible"] is False
+    assert result.candidate is None

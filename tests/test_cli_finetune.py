@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from ebm_guard.cli import cli, run
 from ebm_guard.data.demo import demo_classifier, load_demo
+from ebm_guard.errors import InvalidInputError
 from ebm_guard.gate import Guard
 from ebm_guard.model.loading import load_weights
 from ebm_guard.report.render import output
@@ -79,7 +80,10 @@ def test_the_report_knows_its_rows(tuned):
     accuracy = content["comparison"]["before"]["accuracy"]
     assert accuracy["start"]["value"] == pytest.approx(test["start"])
     assert accuracy["candidate"]["value"] == pytest.approx(test["candidate"])
-    after = content["comparison"]["after"]["nll"]
+    # Every selection row is right, so there is no temperature, and nothing to show after it.
+    assert "every row is right" in content["comparison"]["temperature"]["note"]
+    assert content["comparison"]["after"] == {}
+    after = content["comparison"]["before"]["nll"]
     test = next(item for item in content["acceptance"]["tests"] if item["name"] == "nll")
     assert after["candidate"]["value"] == pytest.approx(test["candidate"], abs=1e-5)
 
@@ -207,3 +211,32 @@ def test_own_rows_attacks_and_an_objective_of_ones_own(tmp_path):
     assert row["worst_case"]["start"]["n"] == 12
     assert content["robustness"]["n"] == 12
     assert not any(line.startswith("<") for line in err.splitlines())
+
+
+def test_every_choice_reaches_the_run(tmp_path, monkeypatch):
+    import inspect
+
+    from ebm_guard.cli import finetuning
+    from ebm_guard.cli.finetune_options import PASSED
+    from ebm_guard.training import finetune
+
+    seen = {}
+
+    def stopped(*args, **given):
+        seen.update(given)
+        raise InvalidInputError("seen enough")
+
+    monkeypatch.setattr(finetuning, "finetune", stopped)
+    given = {
+        "lr": 0.01, "optimizer": "sgd", "weight_decay": 0.2, "scope": "head", "evaluate_every": 3,
+        "max_acc_drop": 0.03, "max_nll_rise": 0.04, "max_ece_rise": 0.06, "outlier_share": 0.7,
+        "selection_rows": 77, "outlier_rows": 33, "warm_up": 0.3, "gradient_clip": 1.5, "ema": 0.5,
+        "attempts": 1, "precision": "float32", "epochs": 0.5,
+    }  # fmt: skip
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+    demo = ["--train-data", "demo:", "--val-data", "demo:", "-o", str(tmp_path / "out")]
+    assert run(["finetune", *demo, *flags]) == 2
+    given["learning_rate"] = given.pop("lr")
+    assert {name: seen[name] for name in given} == given
+    assert set(PASSED) <= set(inspect.signature(finetune).parameters)
+    assert {*given, "resume"} == set(PASSED)

@@ -256,7 +256,7 @@ def test_a_loader_that_does_not_lead_back_to_pixels_is_refused():
 
 
 def test_too_few_validation_rows_are_refused_before_the_work():
-    with pytest.raises(InvalidInputError, match="needs 268, even where nothing changes"):
+    with pytest.raises(InvalidInputError, match="needs 299, even where nothing changes"):
         quick(max_acc_drop=0.01)
 
 

@@ -14,6 +14,7 @@ import pytest
 from finetune_examples import EVIL, N, history, pair, report, result, robustness, sides
 from rich.console import Console
 
+from ebm_guard.calibration.calibrators.temperature import BestTemperature
 from ebm_guard.errors import DataError
 from ebm_guard.report import figures
 from ebm_guard.report.finetune_report import NO_CANDIDATE
@@ -27,6 +28,7 @@ from ebm_guard.report.render import (
     render_finetune_terminal,
     write_finetune_outputs,
 )
+from ebm_guard.training.temperatures import Temperatures
 
 SCHEMA = json.loads((Path(output.__file__).parents[1] / "finetune_schema.json").read_text("utf-8"))
 
@@ -114,6 +116,7 @@ def test_both_nets_are_attacked_alike():
 
 # --- pages
 
+FITTED, NONE = BestTemperature(1.5, "converged"), BestTemperature(1.0, "separable")
 KINDS = {
     "accepted": report,
     "attacked": lambda: report(robustness=(robustness(0), robustness(1, lost=3))),
@@ -121,6 +124,8 @@ KINDS = {
     "returned": lambda: report(result("start returned")),
     "no candidate": lambda: report(result("start returned", acceptance=False), None),
     "no temperature": lambda: report(result(acceptance=False)),
+    "one temperature": lambda: report(result(temperatures=Temperatures.of(FITTED, NONE))),
+    "no temperatures": lambda: report(result(temperatures=Temperatures.of(NONE, NONE))),
     "no ood": lambda: report(both=sides(ood={})),
     "hostile": lambda: report(
         both=sides(ood={EVIL: ("unseen", pair(8, labels=False))}, note=EVIL, own=False),
@@ -160,8 +165,10 @@ def test_every_kind_has_its_pages(kind):
     assert len(ids) == len(set(ids))
     text = render_finetune_markdown(kind)
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
-        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
-        assert len(bars) == 1, block
+        lines = block.splitlines()
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, block
+        assert lines[1].startswith("| --- |"), block
+        assert len(lines) > 2, f"a blank line ends a table: {block}"
     console = Console(width=110, record=True, file=io.StringIO())
     render_finetune_terminal(kind, console)
     assert kind["verdict"]["headline"] in console.export_text()
@@ -182,6 +189,26 @@ def test_a_missing_candidate_is_explained():
     assert found["comparison"] == {"not_run": NO_CANDIDATE}
     assert "Training reached no state" in render_finetune_html(found, {})
     assert found["robustness"] == {"not_run": NO_CANDIDATE}
+
+
+@pytest.mark.parametrize("name", ["accepted", "one temperature", "no temperatures"])
+def test_a_temperature_that_was_not_fitted_is_told(name):
+    found = of_kind(name)
+    given, after = found["comparison"]["temperature"], found["comparison"]["after"]
+    assert given == found["acceptance"]["temperature"]
+    page = re.sub(r"\s+", " ", render_finetune_html(found, {})).replace("\u00a0", " ")
+    text = render_finetune_markdown(found)
+    fitted = "T = 1.5 for the start and T = 0.7 for the candidate, each fitted on the selection"
+    for said in (page, text):
+        assert (fitted in said) == (name == "accepted")
+        assert ("No temperature could be fitted" in said) == (name != "accepted")
+    assert ("every row is right" in page) == (name != "accepted")
+    # Without any temperature, the figures before it must not be counted twice.
+    assert bool(after) == (name != "no temperatures")
+    names = [key for key, _, _ in finetune_view.key_changes(found)]
+    assert ("NLL after temperature" in names) == bool(after)
+    worse_and_better = [entry for entry, _, _ in finetune_view._all_changes(found)]
+    assert len(worse_and_better) == len(set(worse_and_better))
 
 
 def test_acceptance_rows_are_named_as_such():

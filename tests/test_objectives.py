@@ -21,7 +21,7 @@ from ebm_guard.errors import InvalidInputError
 from ebm_guard.training.negatives import Descent, Outliers, Synthetic
 from ebm_guard.training.objectives import LossTerms, make_objective
 from ebm_guard.training.objectives.hdge import contrastive
-from ebm_guard.training.objectives.terms import class_loss, saturation, warmed_up
+from ebm_guard.training.objectives.terms import class_loss, warmed_up
 
 # --- Terms ----------------------------------------------------------------------------------------
 
@@ -45,12 +45,6 @@ def test_warm_up_rises_to_one_and_never_starts_at_zero():
     assert np.allclose(np.diff(factors[:10]), 0.1)
     assert factors[9:] == [1.0] * 11
     assert warmed_up(context_of(updates=20, update=0), 0.0) == 1.0
-
-
-def test_saturation_is_the_share_of_values_on_the_edge():
-    assert saturation(torch.tensor([0.0, 1e-6, 0.5, 1.0])) == 0.5
-    objective = make_objective("margin", negatives=Fixed(noise().round()))
-    assert objective.loss(context_of(), batch_of()).saturation == 1.0
 
 
 # --- Cross-entropy and callables ------------------------------------------------------------------

@@ -314,6 +314,10 @@ def test_attention_is_differentiated_twice():
         ({"start_noise_std": math.inf}, "start_noise_std"),
         ({"clip": 0}, "clip"),
         ({"radius": -1.0}, "radius"),
+        ({"step_size": "a"}, "step_size='a'; needed a finite number > 0"),
+        ({"step_size": None}, "step_size=None"),
+        ({"noise_std": "0.1"}, "noise_std='0.1'; needed a finite number >= 0"),
+        ({"num_chains": "2"}, "num_chains='2'; needed a whole number >= 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(change, words):

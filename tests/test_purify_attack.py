@@ -1,5 +1,7 @@
 """A purified classifier under attack: three gradients, many draws, and no lucky one."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attack_cases import HALF, pixels_of, small_net
@@ -11,7 +13,7 @@ from ebm_guard.attacks.goals import wrong
 from ebm_guard.errors import InvalidInputError, UnsupportedModelError
 from ebm_guard.model.classifier import ClassifierOutput
 from ebm_guard.model.isolation import untouched
-from ebm_guard.robustness import Purification, Purifier
+from ebm_guard.robustness import Purification, Purifier, purify_stage
 from ebm_guard.robustness.purify import MODES
 from ebm_guard.robustness.purify_attack import (
     DrawnTogether,
@@ -215,3 +217,33 @@ def test_no_draw_is_refused():
     forward, examples = small_case(2)
     with pytest.raises(InvalidInputError, match="draws"):
         majority_wrong(Purifier(forward, STILL), examples.pixels, examples.labels, 0)
+
+
+@pytest.mark.parametrize(("bare_samples", "wrong"), [(1, True), (20, False)])
+def test_clean_votes_have_draws_of_their_own(bare_samples, wrong):
+    """A bare net with one mask for a batch: its first answer is wrong, for all rows of it."""
+    asked = []
+
+    def forward(pixels):
+        asked.append(len(pixels))
+        right = torch.tensor([0.0, 1.0] if len(asked) > 1 else [1.0, 0.0])
+        return ClassifierOutput(right.expand(len(pixels), 2) + 0 * pixels.mean(), None)
+
+    pixels, labels = torch.full((1, 1, 2, 2), 0.5), torch.tensor([1])
+    context = SimpleNamespace(
+        examples=Examples.of(pixels, labels),
+        subject=SimpleNamespace(
+            forward=forward, batch_size=64, classifier=SimpleNamespace(device=None)
+        ),
+        seed=0,
+        runner=SimpleNamespace(
+            run=lambda name, title, work, **cost: {
+                key: each.numpy() for key, each in work().items()
+            }
+        ),
+    )
+    settings = Purification(0, start_noise_std=0.01)
+    budget = PurifyBudget.of("quick").needed(settings, bare_samples)
+    found = purify_stage._clean(context, settings, budget, 1, "clean")
+    assert found.tolist() == [wrong]
+    assert asked == ([11] if bare_samples == 1 else [1] * 11)

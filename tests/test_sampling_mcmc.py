@@ -308,6 +308,28 @@ def test_a_rejected_chain_stays_where_it_is():
     assert torch.equal(samples.energy, quartic(start))
 
 
+@pytest.mark.parametrize("sampler", [HMC(30, 0.4, 4), MALA(30, 0.2)], ids=["hmc", "mala"])
+@pytest.mark.parametrize("outside", ["energy", "gradient"])
+def test_a_proposal_that_is_not_finite_is_rejected(sampler, outside):
+    """E = -sum log x on x > 0: other chains go on, and none is ever where E is not finite."""
+
+    def barrier(x):
+        rows = x.flatten(1)
+        if outside == "energy":
+            return (rows - rows.log()).sum(dim=1)
+        # Finite everywhere, but its gradient is NaN where the root is of less than 0.
+        root = rows.sqrt()
+        return (rows + torch.where(rows > 0, -root, 0.0)).sum(dim=1)
+
+    start = torch.full((40, 2), 0.3)
+    samples = sampler.run(barrier, start, generator("barrier", outside))
+    assert bool((samples.points > 0).all())
+    assert bool(torch.isfinite(samples.trace.energy).all())
+    assert bool(torch.isfinite(samples.trace.gradient_norm).all())
+    assert 0 < float(samples.trace.acceptance.mean()) < 1
+    assert float((samples.points != start).flatten(1).any(dim=1).double().mean()) > 0.9
+
+
 def test_settings_are_checked_and_energies_must_be_finite():
     for settings in ({"step_size": 0}, {"num_leapfrog": 0}, {"num_steps": 1.5}, {"boundary": "x"}):
         with pytest.raises(InvalidInputError, match=next(iter(settings))):

@@ -95,9 +95,14 @@ def scoped(model, scope, probe=None):
 
 def test_scopes_of_a_plain_net():
     model = demo_classifier()
-    assert scoped(model, "head") == ["fc.weight", "fc.bias"]
-    assert scoped(model, "last_block") == ["conv3.weight", "conv3.bias", "fc.weight", "fc.bias"]
-    assert scoped(model, "regex:conv[12]") == [
+    assert scoped(demo_classifier(), "head") == ["fc.weight", "fc.bias"]
+    assert scoped(demo_classifier(), "last_block") == [
+        "conv3.weight",
+        "conv3.bias",
+        "fc.weight",
+        "fc.bias",
+    ]
+    assert scoped(demo_classifier(), "regex:conv[12]") == [
         f"conv{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")
     ]
     assert len(scoped(model, "all")) == 8

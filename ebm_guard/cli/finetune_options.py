@@ -29,8 +29,39 @@ class TrainingChoices:
     evaluate_every: int | None
     max_acc_drop: float
     max_nll_rise: float
+    max_ece_rise: float
+    outlier_share: float
+    selection_rows: int
+    outlier_rows: int
+    warm_up: float
+    gradient_clip: float
+    ema: float
+    attempts: int
     precision: str
     resume: bool
+
+
+# Choices that `ebm_guard.finetune` takes under the same name.
+PASSED = (
+    "epochs",
+    "learning_rate",
+    "optimizer",
+    "weight_decay",
+    "scope",
+    "evaluate_every",
+    "max_acc_drop",
+    "max_nll_rise",
+    "max_ece_rise",
+    "outlier_share",
+    "selection_rows",
+    "outlier_rows",
+    "warm_up",
+    "gradient_clip",
+    "ema",
+    "attempts",
+    "precision",
+    "resume",
+)
 
 
 _TRAINING_OPTIONS = (
@@ -111,6 +142,62 @@ _TRAINING_OPTIONS = (
         default=0.02,
         show_default=True,
         help="Largest rise of the NLL after temperature that is accepted, in nats.",
+    ),
+    click.option(
+        "--max-ece-rise",
+        type=click.FloatRange(min=0, min_open=True),
+        default=0.02,
+        show_default=True,
+        help="Largest rise of the ECE after temperature of a state that may be chosen.",
+    ),
+    click.option(
+        "--outlier-share",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        default=0.5,
+        show_default=True,
+        help="Share of the negatives that --outliers make up.",
+    ),
+    click.option(
+        "--selection-rows",
+        type=click.IntRange(min=2),
+        default=1000,
+        show_default=True,
+        help="Most rows that an evaluation looks at.",
+    ),
+    click.option(
+        "--outlier-rows",
+        type=click.IntRange(min=2),
+        default=250,
+        show_default=True,
+        help="Most outliers of each kind, in evaluations and in the acceptance test.",
+    ),
+    click.option(
+        "--warm-up",
+        type=click.FloatRange(min=0, max=1),
+        default=0.05,
+        show_default=True,
+        help="Share of the run over which the learning rate rises.",
+    ),
+    click.option(
+        "--gradient-clip",
+        type=click.FloatRange(min=0, min_open=True),
+        default=5.0,
+        show_default=True,
+        help="Largest norm of a gradient.",
+    ),
+    click.option(
+        "--ema",
+        type=click.FloatRange(min=0, max=1, max_open=True),
+        default=0.99,
+        show_default=True,
+        help="Decay of the mean of the weights that is evaluated and returned; 0: none.",
+    ),
+    click.option(
+        "--attempts",
+        type=click.IntRange(min=0),
+        default=3,
+        show_default=True,
+        help="How often the run may go back to its last good state.",
     ),
     click.option(
         "--precision",

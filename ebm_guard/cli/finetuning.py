@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ebm_guard.cli.finetune_options import TrainingChoices
+from ebm_guard.cli.finetune_options import PASSED, TrainingChoices
 from ebm_guard.cli.finetune_sides import (
     OOD_VALIDATION,
     OUTLIERS,
@@ -206,12 +206,7 @@ def _run(
             objective=objective,
             objective_settings=settings,
             updates=training.updates or 200,
-            epochs=training.epochs,
             batch_size=training.train_batch_size,
-            learning_rate=training.learning_rate,
-            optimizer=training.optimizer,
-            weight_decay=training.weight_decay,
-            scope=training.scope,
             augment=None
             if augment == "none"
             else import_callable(augment, "augmentation")
@@ -219,15 +214,11 @@ def _run(
             else augment,
             outliers=images.get(OUTLIERS),
             ood_validation=images.get(OOD_VALIDATION),
-            evaluate_every=training.evaluate_every,
-            max_acc_drop=training.max_acc_drop,
-            max_nll_rise=training.max_nll_rise,
-            precision=training.precision,
             seed=session.options.seed,
             checkpoint=output / STATE,
-            resume=training.resume,
             progress=not quiet,
             on_event=None if quiet else say,
+            **{name: getattr(training, name) for name in PASSED},
         )
 
 

@@ -59,6 +59,12 @@ _FITTED_NAMES = ("score", "threshold", "false_reject_rate", "assurance", "calibr
     help="OOD sets made from --data itself; default: where no --ood is given.",
 )
 @click.option("--guard", "guard_path", metavar="GUARD", help="Evaluate this guard as it is.")
+@click.option(
+    "--finetuned",
+    metavar="DIR",
+    help="What `ebm-guard finetune` wrote when it made this model: its outcome goes into the "
+    "report.",
+)
 @click.option("--save-predictions", metavar="DIR", help="Keep logits and features for later runs.")
 @click.option(
     "--metrics",
@@ -86,6 +92,7 @@ def command(
     ood: tuple[str, ...],
     synthetic: bool | None,
     guard_path: str | None,
+    finetuned: str | None,
     save_predictions: str | None,
     no_images: bool,
     output: str,
@@ -103,6 +110,7 @@ def command(
     from ebm_guard.files import check_writable
     from ebm_guard.report import Settings, build_report
     from ebm_guard.report.comparison import Baseline
+    from ebm_guard.report.finetune_section import Finetuned, finetune_section
 
     requirements = _requirements(checks)
     check_attack_choices(attack_choices)
@@ -112,12 +120,15 @@ def command(
         check_writable(target)
     _check_files(checks, Path(output))
     older = None if checks.baseline is None else Baseline.read(checks.baseline)
+    tuned = None if finetuned is None else Finetuned.read(finetuned)
     ood_specs = named_specs(ood)
     roles = {"evaluation": data, "calibration": calibration_data, "fit": fit_data}
     specs = [*filter(None, roles.values()), *ood_specs.values()]
     clock = time.perf_counter()
     with warnings_as_lines():
         session = Session(options, specs, guard_path)
+        # Another model is refused here, before the work.
+        finetune_section(tuned, session.classifier)
         parts = _predicted(session, roles, ood_specs, synthetic=synthetic)
         robustness = _attacked(session, parts, attack_choices, Path(output), settings)
         report = build_report(
@@ -129,6 +140,7 @@ def command(
             classifier=session.classifier,
             baseline=older,
             robustness=robustness,
+            finetuned=tuned,
             requirements=requirements,
             settings=Settings(
                 clock=clock,

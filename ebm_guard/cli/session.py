@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -381,6 +382,10 @@ def named_specs(pairs: tuple[str, ...]) -> dict[str, str]:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            from ebm_guard.training.distributed import local_device
+
+            device = local_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(

@@ -75,9 +75,9 @@ def pixel_forward(classifier: EnergyClassifier, *, features: bool = False) -> Fo
     preprocessing = classifier.preprocessing
     if preprocessing is None:
         raise InvalidInputError(
-            "attacks work on [0, 1] pixels, and this model has no pretrained_cfg, so its "
-            "normalisation is not known; give mean and std (0 and 1 for a model that takes [0, 1] "
-            "pixels)"
+            "attacks and samplers work on [0, 1] pixels, and this model has no pretrained_cfg, so "
+            "its normalisation is not known; give mean and std (0 and 1 for a model that takes "
+            "[0, 1] pixels)"
         )
     dtype, device = _dtype(classifier.model), classifier.device
 

@@ -21,8 +21,10 @@ from ebm_guard.errors import (
     suggest,
 )
 from ebm_guard.files import expanded
+from ebm_guard.model.wrappers import unwrapped
 
 _TIMM_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+_WRAPPERS = ("module.", "_orig_mod.")
 _NESTED = ("state_dict", "model_state_dict", "model", "net")
 
 
@@ -69,6 +71,8 @@ def load_model(
 def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     """Load weights strictly; wrappers such as ``module.`` and ``{"state_dict": ...}`` are undone.
 
+    So are those around the model: DataParallel, DistributedDataParallel and ``torch.compile``.
+
     Raises:
         DataError: missing, unreadable, or keys and shapes that do not fit.
     """
@@ -76,11 +80,16 @@ def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     if not path.is_file():
         raise DataError(f"got checkpoint {path}, which is not a file")
     state = _read_state(path)
-    for prefix in ("module.", "_orig_mod."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    target = unwrapped(model)
+    known = target.state_dict().keys()
+    # A model's own part may be called `module`: names that fit are left alone.
+    while state and state.keys() != known:
+        prefix = next((p for p in _WRAPPERS if all(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
     try:
-        model.load_state_dict(state)
+        target.load_state_dict(state)
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise DataError(

@@ -21,6 +21,7 @@ from ebm_guard.report.calibration_section import calibration_section
 from ebm_guard.report.checks import check_sets, size_warnings
 from ebm_guard.report.comparison import Baseline, comparison_section
 from ebm_guard.report.crossfit import Fitted, fit_protocol
+from ebm_guard.report.finetune_section import Finetuned, finetune_section
 from ebm_guard.report.gallery import gallery_section
 from ebm_guard.report.gate_section import gate_section
 from ebm_guard.report.groups_section import groups_section
@@ -35,7 +36,6 @@ from ebm_guard.report.ood_section import energy_section, ood_role, ood_section
 from ebm_guard.report.record import (
     DataSection,
     Meta,
-    NotRun,
     Report,
 )
 from ebm_guard.report.requirements import judge, parse_requirement
@@ -89,6 +89,7 @@ def build_report(
     classifier: EnergyClassifier | None = None,
     baseline: Baseline | None = None,
     robustness: Robustness | None = None,
+    finetuned: Finetuned | None = None,
     requirements: Sequence[str] = (),
     settings: Settings | None = None,
     picture: Callable[[str, int], Image.Image | None] | None = None,
@@ -109,6 +110,8 @@ def build_report(
         classifier: the wrapped model, for the model card.
         baseline: an older report to compare with, row by row.
         robustness: what :func:`ebm_guard.evaluate_robustness` found.
+        finetuned: the run of ``ebm-guard finetune`` that returned this model; its weights are
+            compared with the model's.
         requirements: bounds such as ``ece<=0.05``.
         settings: see :class:`Settings`.
         picture: returns the image of (set name, row) for the gallery, or None.
@@ -118,8 +121,9 @@ def build_report(
 
     Raises:
         ModelOutputError: NaN or infinite logits.
-        DataError: sets that share rows, or do not fit each other.
-        InvalidInputError: a bad name or requirement.
+        DataError: sets that share rows, or do not fit each other; a fine-tuning run of another
+            model.
+        InvalidInputError: a bad name or requirement; a fine-tuning run without a model.
 
     Example:
         >>> generator = np.random.default_rng(0)
@@ -132,6 +136,8 @@ def build_report(
     settings = settings or Settings()
     ood = dict(ood or {})
     bounds = [parse_requirement(text) for text in requirements]
+    classifier = classifier or (guard.classifier if guard is not None else None)
+    tuned = finetune_section(finetuned, classifier)
     warned = check_sets(evaluation, ood, calibration, fit, guard)
     score = guard.score if guard is not None else make_score(settings.score)
     detector, held = detector_rows(score, calibration, fit, settings.seed)
@@ -159,7 +165,7 @@ def build_report(
         ),
         groups=groups_section(evaluation, protocol, settings.seed),
         robustness=robustness_section(robustness),
-        finetune=NotRun("no fine-tuning was done"),
+        finetune=tuned,
         comparison=comparison_section(rows, baseline, score.name, settings.seed),
         gallery=gallery_section(evaluation, ood, protocol, picture if settings.images else None),
         warnings=warned,
@@ -193,7 +199,6 @@ def _meta(
     protocol: Fitted,
     of_scores: list[str],
 ) -> Meta:
-    classifier = classifier or (guard.classifier if guard is not None else None)
     preprocessing = None if classifier is None else classifier.preprocessing
     chosen = {
         "score": protocol.score.name,

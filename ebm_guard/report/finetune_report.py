@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from ebm_guard.model.weights import weights_hash
 from ebm_guard.report.finetune_robustness import RobustnessComparison, compare_robustness
 from ebm_guard.report.finetune_training import TrainingSection, training_section
 from ebm_guard.report.meta import (
@@ -38,10 +39,12 @@ ACCEPTED = "accepted"
 NO_CANDIDATE = "training reached no state that could be a candidate"
 NO_ATTACKS = "no attack was asked for; add --attacks quick"
 # Headings of the means, and the roles that each is over.
+NEVER_SEEN, TRAINED_ON = "never seen", "trained on"
 MEANS = {
-    "never seen": ("unseen",),
+    NEVER_SEEN: ("unseen",),
     "kinds that chose the checkpoint": ("guard_kind",),
     "all that was not trained on": ("unseen", "validation", "guard_kind"),
+    TRAINED_ON: ("trained_on",),
 }
 
 
@@ -73,6 +76,7 @@ class Outcome(Record):
         interrupted: whether it was stopped by hand.
         seconds: of training.
         updates: made, those rolled back included.
+        weights: hashes of the weights of the ``start`` and of the ``winner``; None for a callable.
     """
 
     status: str
@@ -81,6 +85,7 @@ class Outcome(Record):
     interrupted: bool
     seconds: float
     updates: int
+    weights: Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -92,16 +97,17 @@ class RowComparison(Record):
         own: whether they were used for nothing else.
         n: rows compared.
         broken: rows left out, because one of the nets gave NaN or infinity.
-        temperature: of both nets, fitted on selection rows; None where there was no test.
+        temperature: of the ``start`` and of the ``candidate``, fitted on selection rows, and a
+            ``note`` where one could not be; None where there was no test.
         before: figures as the nets give their probabilities.
-        after: the same after the temperatures.
+        after: the same after the temperatures; empty where there are none but 1.
     """
 
     note: str
     own: bool
     n: int
     broken: int
-    temperature: Mapping[str, float] | None
+    temperature: Mapping[str, Any] | None
     before: Mapping[str, Compared]
     after: Mapping[str, Compared]
 
@@ -176,6 +182,7 @@ def finetune_report(
         interrupted=result.interrupted,
         seconds=float(result.seconds),
         updates=training.made,
+        weights={"start": classifier.weights_hash(), "winner": weights_hash(result.model)},
     )
     acceptance = result.acceptance
     return FinetuneReport(
@@ -196,15 +203,17 @@ def _comparison(result: FinetuneResult, sides: Sides, seed: int) -> RowCompariso
     pair = sides.evaluation.finite()
     acceptance = result.acceptance
     given = None if acceptance is None else acceptance.to_dict()["temperature"]
-    known = given is not None and None not in given.values()
-    temperatures = (given["start"], given["candidate"]) if given is not None and known else None
+    temperatures = None if given is None else (given["start"], given["candidate"])
+    # Where none could be fitted, the figures after temperature would be those before it once more.
+    if temperatures == (1, 1):
+        temperatures = None
     before, after = compare_rows(pair, temperatures, seed)
     return RowComparison(
         note=sides.note,
         own=sides.own,
         n=len(pair),
         broken=sides.evaluation.broken,
-        temperature=given if known else None,
+        temperature=given,
         before=before,
         after=after,
     )
@@ -241,7 +250,8 @@ def _verdict(
     if isinstance(comparison, RowComparison):
         accuracy = comparison.before["accuracy"]
         said.append(f"Accuracy {_arrow(accuracy, percent=True)} on {comparison.n:,} images.")
-    for name, mean in list(means.items())[:1]:
+    shown = [item for item in means.items() if item[0] != TRAINED_ON]
+    for name, mean in shown[:1]:
         said.append(f"Mean energy AUROC, {name}: {_arrow(mean)}.")
     if gains:
         said.append(f"Better: {', '.join(gains)}.")

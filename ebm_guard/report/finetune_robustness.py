@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebm_guard.intervals import Metric
-from ebm_guard.report.paired import Compared, unpaired
+from ebm_guard.report.paired import Compared, paired_shares, unpaired
 from ebm_guard.report.record import Record
 from ebm_guard.robustness.records import EpsilonResult, Robustness
 
@@ -34,7 +34,7 @@ class RobustnessComparison(Record):
     preset: str
     n: int
     label_source: str
-    clean: Compared
+    clean: Compared | None
     norms: tuple[Mapping[str, Any], ...]
     corrupted: Mapping[str, Any] | None
     flags: Mapping[str, list[str]]
@@ -66,7 +66,7 @@ def compare_robustness(start: Robustness, candidate: Robustness) -> RobustnessCo
         preset=start.preset,
         n=start.n,
         label_source=start.label_source,
-        clean=unpaired(start.clean, candidate.clean),
+        clean=_shares(start.clean, candidate.clean, start.right, candidate.right),
         norms=norms,
         corrupted=None if None in tables else _corrupted(*tables),
         flags={"start": _raised(start), "candidate": _raised(candidate)},
@@ -75,8 +75,8 @@ def compare_robustness(start: Robustness, candidate: Robustness) -> RobustnessCo
             for name, found in (("start", start), ("candidate", candidate))
         },
         note=(
-            "The images are the same for both nets, but the intervals of the differences do not "
-            "use that: they are wider than paired ones."
+            "The images are the same for both nets, and the intervals of the differences are "
+            "paired; those of corrupted images are not, and so wider than they could be."
         ),
         left_out=left_out,
     )
@@ -89,9 +89,25 @@ def _budget(start: EpsilonResult, candidate: EpsilonResult) -> dict[str, Any]:
         "epsilon": start.epsilon,
         "text": start.text,
         "attacks": [item.label for item in start.attacks],
-        "worst_case": unpaired(start.worst_case, candidate.worst_case) if whole else None,  # type: ignore[arg-type]
+        "worst_case": _shares(
+            start.worst_case, candidate.worst_case, start.standing, candidate.standing
+        ),
         "reason": "" if whole else next(iter(reasons), "not run"),
     }
+
+
+def _shares(
+    start: Metric | None,
+    candidate: Metric | None,
+    before: tuple[bool, ...],
+    after: tuple[bool, ...],
+) -> Compared | None:
+    """Compare two shares of images, image by image where both evaluations kept the images."""
+    if start is None or candidate is None:
+        return None
+    if before and len(before) == len(after):
+        return paired_shares(before, after)
+    return unpaired(start, candidate)
 
 
 def _corrupted(start: Mapping[str, Any], candidate: Mapping[str, Any]) -> dict[str, Any]:

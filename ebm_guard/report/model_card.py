@@ -13,6 +13,7 @@ from typing import Any
 from ebm_guard.data import parse_spec
 from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.files import replace_file
+from ebm_guard.report.render import finetune_view
 from ebm_guard.report.render import format as fmt
 
 _MARKER = re.compile(r"<!-- ebm_guard\.model_card/1 sha256:([0-9a-f]{64}) -->\n?\Z")
@@ -211,6 +212,7 @@ def _text(report: Mapping[str, Any]) -> list[str]:
         *_ood_text(report),
         "",
         *_gate_text(report["gate"]),
+        *_finetune_text(report["finetune"]),
     ]
 
 
@@ -263,3 +265,21 @@ def _gate_text(gate: Mapping[str, Any]) -> list[str]:
         "inputs, weights or preprocessing change."
     )
     return [sentence]
+
+
+def _finetune_text(section: Mapping[str, Any]) -> list[str]:
+    """Tell how a fine-tuned model came to be; of any other model there is nothing to tell."""
+    if not finetune_view.ran(section):
+        return []
+    said = (section["verdict"]["sentence"], finetune_view.run_sentence(section))
+    lines = ["", f"**Fine-tuning.** {' '.join(map(fmt.prose_markdown, said))}"]
+    means = finetune_view.section_means(section)
+    if means:
+        lines += ["", "| mean AUROC of the energy | start | candidate | difference |"]
+        lines.append("| --- | ---: | ---: | ---: |")
+    for name, note, item in means:
+        cells = [fmt.metric(item[side], "score") for side in ("start", "candidate")]
+        cells.append(finetune_view.whole_difference(item, "score"))
+        lines.append(f"| {name.lower()} ({note}) | {' | '.join(cells)} |")
+    lines += ["", *(f"- Worse: {fmt.markdown(line)}" for line in section["losses"])]
+    return lines if section["losses"] else [*lines, finetune_view.no_loss(section)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ebm_guard.calibration import RowStatistics, row_statistics
 from ebm_guard.calibration.metrics import accuracy, brier, ece, nll
 from ebm_guard.errors import InvalidInputError
-from ebm_guard.intervals import Metric
+from ebm_guard.intervals import LEVEL, Metric, proportion
 from ebm_guard.ood import Energy
 from ebm_guard.ood.metrics import auroc_difference, ood_metrics
 from ebm_guard.predictions import Predictions
@@ -24,6 +24,7 @@ from ebm_guard.report.comparison import (
 )
 from ebm_guard.report.record import NotRun, Record
 from ebm_guard.report.rows import ReportRows, SetRows
+from ebm_guard.training.bounds import tango_upper
 
 _METRICS: Mapping[str, Callable[[RowStatistics], Metric]] = {
     "accuracy": accuracy,
@@ -230,6 +231,34 @@ def unpaired(start: Metric, candidate: Metric, *, larger: bool = True) -> Compar
     n = min(start.n, candidate.n)
     difference = Metric(value, low, high, n, method)
     return Compared(start, candidate, difference, _sign(difference, larger=larger))
+
+
+def paired_shares(start: Sequence[bool], candidate: Sequence[bool]) -> Compared:
+    """Compare two shares on the same images by Tango's score interval.
+
+    Args:
+        start: for each image whether it counts, with the start.
+        candidate: the same with the candidate, in the same order.
+
+    References:
+        Tango, Statistics in Medicine 1998; see :func:`ebm_guard.training.bounds.tango_upper`.
+
+    Example:
+        >>> found = paired_shares([True] * 90 + [False] * 10, [True] * 95 + [False] * 5).difference
+        >>> round(found.value, 4), found.low > 0
+        (0.05, True)
+    """
+    one, two = (np.asarray(side, dtype=bool) for side in (start, candidate))
+    n = len(one)
+    if n != len(two) or not n:
+        raise InvalidInputError(f"got {n} and {len(two)} images; needed the same, at least one")
+    lost, gained = int((one & ~two).sum()), int((~one & two).sum())
+    tail = (1 + LEVEL) / 2
+    low = -tango_upper(lost, gained, n, tail)
+    high = tango_upper(gained, lost, n, tail)
+    difference = Metric((gained - lost) / n, low, high, n, "Tango, paired")
+    before, after = (proportion(int(side.sum()), n) for side in (one, two))
+    return Compared(before, after, difference, _sign(difference, larger=True))
 
 
 def _statistics(

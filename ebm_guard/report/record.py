@@ -243,7 +243,7 @@ class Report(Record):
     selective: Any
     groups: Any
     robustness: Any
-    finetune: NotRun
+    finetune: Any
     comparison: Any
     gallery: Any
     warnings: list[Warned] = field(default_factory=list)

@@ -198,6 +198,7 @@ def _evaluated(
         },
         settings=summary.settings(context, plan, options.time_budget, noisy=noisy),
         left_out=tuple(context.runner.ledger.left_out),
+        right=tuple((~clean.wrong).tolist()),
         purification=purification,
     )
 

@@ -7,7 +7,6 @@ gradient runs through all steps of the sampler. An honest attack tries three gra
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.classifier import ClassifierOutput
 from ebm_guard.model.isolation import Forward, pixel_forward, untouched
+from ebm_guard.sampling.checks import check_number, check_whole
 from ebm_guard.sampling.sampler import Chains, check_finite
 from ebm_guard.sampling.sgld import SGLD, UNIT_BOX, noise_like
 
@@ -72,18 +72,12 @@ class Purification:
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
         for name, least in (("num_steps", 0), ("num_chains", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise InvalidInputError(f"got {name} {value!r}; needed a whole number >= {least}")
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
         for name in ("step_size", "noise_std", "start_noise_std", "clip", "radius"):
             size, positive = getattr(self, name), name in ("step_size", "clip", "radius")
             if size is None and name in ("clip", "radius"):
                 continue
-            if not 0 <= size < math.inf or (positive and not size):
-                needed = "> 0" if positive else ">= 0"
-                raise InvalidInputError(
-                    f"got {name} {size!r}; needed a number {needed}, in pixel units of [0, 1]"
-                )
+            object.__setattr__(self, name, check_number(name, size, open_low=positive))
 
     @property
     def random(self) -> bool:
@@ -287,6 +281,7 @@ def refine(
         torch.Size([2, 8])
     """
     settings = settings or Purification()
+    seed, batch_size = check_whole("seed", seed), check_whole("batch_size", batch_size, 1)
     classifier.pixels(pixels)  # refuses what is outside [0, 1]
     points, logits = [], []
     with untouched(classifier.model, seed):

@@ -82,8 +82,16 @@ def _clean(
 
     def work() -> Mapping[str, Any]:
         purifier = _purifier(context, settings, 0)
-        batch = context.subject.batch_size
-        return {"wrong": majority_wrong(purifier, examples.pixels, examples.labels, draws, batch)}
+        voted = majority_wrong(
+            purifier,
+            examples.pixels,
+            examples.labels,
+            draws,
+            context.subject.batch_size,
+            # A bare classifier that answers at random may draw once for a whole batch.
+            together=budget.bare_samples == 1,
+        )
+        return {"wrong": voted}
 
     passes = n * draws * settings.chains
     kept = context.runner.run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ebm_guard.intervals import Metric
@@ -15,7 +15,13 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON types."""
         # Only dataclasses derive from this base.
-        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}  # type: ignore[arg-type]
+        items = (item for item in fields(self) if not item.metadata.get("by_row"))  # type: ignore[arg-type]
+        return {item.name: _plain(getattr(self, item.name)) for item in items}
+
+
+def by_row() -> Any:
+    """Return a field with one entry for each image: to compare with, not to write down."""
+    return field(default=(), repr=False, metadata={"by_row": True})
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class EpsilonResult(Record):
         outside: adversarial images up to here that were not finite, or not in the ball or box, and
             so counted as right.
         gated: with the gate, or None without one.
+        standing: for each attacked image whether all attacks left it right; not in the JSON.
     """
 
     epsilon: float
@@ -97,6 +104,7 @@ class EpsilonResult(Record):
     rounded: Metric | None
     outside: int
     gated: GatedResult | None
+    standing: tuple[bool, ...] = by_row()
 
 
 @dataclass(frozen=True)
@@ -259,6 +267,7 @@ class Robustness(Record):
         settings: seed, attacks with their settings, versions.
         left_out: what was not run, and why.
         purification: the classifier with SGLD-refined inference under attack, or None.
+        right: for each attacked image whether it is right without attack; not in the JSON.
     """
 
     preset: str
@@ -280,6 +289,7 @@ class Robustness(Record):
     settings: Mapping[str, Any]
     left_out: tuple[Mapping[str, str], ...]
     purification: PurificationResult | None = None
+    right: tuple[bool, ...] = by_row()
 
 
 def _plain(value: Any) -> Any:

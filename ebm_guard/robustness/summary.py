@@ -45,6 +45,7 @@ def epsilon_result(
         rounded=share(~(chain.wrong_rounded & chain.fooled)) if complete and as_files else None,
         outside=chain.outside,
         gated=gated,
+        standing=tuple((~chain.fooled).tolist()) if complete else (),
     )
 
 

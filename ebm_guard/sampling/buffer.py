@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard.errors import DataError, InvalidInputError
+from ebm_guard.sampling.checks import check_choice, check_number, check_whole
 from ebm_guard.sampling.starts import Start, UniformStart, check_shape, start_from_state
 
 DTYPES = {"uint8": torch.uint8, "float16": torch.float16}
@@ -92,23 +93,19 @@ class ReplayBuffer:
         device: torch.device | str = "cpu",
     ) -> None:
         self.shape = check_shape(shape)
-        if dtype not in DTYPES:
-            raise InvalidInputError(f"got dtype={dtype!r}; known are {', '.join(DTYPES)}")
-        if not 0 <= reinit_prob <= 1:
-            raise InvalidInputError(f"got reinit_prob={reinit_prob}; it must be in [0, 1]")
-        if num_classes is not None and num_classes < 1:
-            raise InvalidInputError(f"got num_classes={num_classes}; needed at least 1, or None")
-        if min(seed, rank) < 0:
-            raise InvalidInputError(f"got seed={seed}, rank={rank}; needed numbers >= 0")
+        self.dtype = check_choice("dtype", dtype, tuple(DTYPES))
+        self.reinit_prob = check_number("reinit_prob", reinit_prob, high=1.0)
+        self.num_classes = _optional("num_classes", num_classes)
+        self.seed, self.rank = check_whole("seed", seed), check_whole("rank", rank)
         self.start: Start = UniformStart(self.shape) if start is None else start
         if self.start.shape != self.shape:
             raise InvalidInputError(
                 f"got a start of shape {self.start.shape} (an unfitted one has none) for a buffer "
                 f"of shape {self.shape}"
             )
-        self.dtype, self.num_classes = dtype, num_classes
-        self.reinit_prob, self.seed, self.rank = float(reinit_prob), int(seed), int(rank)
-        self.per_class = self._slots_per_class(capacity, max_bytes)
+        self.per_class = self._slots_per_class(
+            _optional("capacity", capacity), _optional("max_bytes", max_bytes)
+        )
         self.device = torch.device(device)
         self._points = torch.zeros(
             self.capacity, *self.shape, dtype=DTYPES[dtype], device=self.device
@@ -123,8 +120,6 @@ class ReplayBuffer:
         if capacity is None and max_bytes is None:
             max_bytes = 2**28
         wanted = 10_000 if capacity is None else capacity
-        if wanted < 1:
-            raise InvalidInputError(f"got capacity={capacity}; needed at least 1")
         slots = -(-wanted // classes)
         if max_bytes is not None:
             slots = min(slots, max_bytes // (each * classes))
@@ -179,8 +174,7 @@ class ReplayBuffer:
         return Drawn(points, slots, wanted, fresh)
 
     def _wanted_labels(self, n: int, labels: Tensor | None) -> Tensor | None:
-        if n < 1:
-            raise InvalidInputError(f"got n={n}; needed at least one chain")
+        check_whole("n", n, 1)
         if self.num_classes is None:
             if labels is not None:
                 raise InvalidInputError("got labels; this buffer was made without num_classes")
@@ -326,3 +320,7 @@ class ReplayBuffer:
         buffer = cls(shape, start=start, device=device, **settings)
         buffer.load_state_dict(state)
         return buffer
+
+
+def _optional(name: str, value: int | None) -> int | None:
+    return None if value is None else check_whole(name, value, 1)

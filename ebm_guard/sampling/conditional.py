@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ebm_guard import energy as formulas
 from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.isolation import Forward, pixel_forward, untouched
+from ebm_guard.sampling.checks import check_whole
 from ebm_guard.sampling.folding import SamplingNet
 from ebm_guard.sampling.making import make_sampler
 from ebm_guard.sampling.sampler import EnergyFunction, Sampler, Samples, Trace
@@ -135,12 +136,11 @@ def sample(
         (torch.Size([6, 1, 4, 4]), [0, 0, 1, 1, 2, 2])
     """
     classifier = _classifier(model)
-    if per_class < 1 or batch_size < 1 or seed < 0:
-        raise InvalidInputError(
-            f"got per_class={per_class}, batch_size={batch_size}, seed={seed}; needed at least 1, "
-            "1 and 0"
-        )
+    per_class, seed = check_whole("per_class", per_class, 1), check_whole("seed", seed)
+    batch_size = check_whole("batch_size", batch_size, 1)
     runner = _sampler(sampler)
+    steps = runner.num_steps if num_steps is None else check_whole("num_steps", num_steps)
+    _check_labels(images, labels)
     shape = _shape(classifier, images, image_size)
     forward = pixel_forward(classifier)
     generator = torch.Generator(device=classifier.device or "cpu").manual_seed(seed)
@@ -153,7 +153,6 @@ def sample(
         origin = _origin(start, shape, images, labels, count)
         points = _points(origin, images, labels, ids, generator)
         net = SamplingNet(classifier, probe)
-        steps = runner.num_steps if num_steps is None else num_steps
         samples = [
             runner.run(_energy(net, part_ids, conditional), part, generator, num_steps=steps)
             for part, part_ids in zip(
@@ -209,10 +208,17 @@ def _sampler(sampler: str | Sampler) -> Sampler:
 def _shape(
     classifier: EnergyClassifier, images: Tensor | None, image_size: tuple[int, int] | None
 ) -> tuple[int, int, int]:
+    if image_size is not None:
+        _check_size(image_size)
     preprocessing = classifier.preprocessing
     if images is not None and preprocessing is not None:
         preprocessing.check_pixels(images)
         channels, height, width = images.shape[1:]
+        if image_size is not None and tuple(image_size) != (height, width):
+            raise InvalidInputError(
+                f"got image_size={tuple(image_size)} and images of {(height, width)}; give one of "
+                "the two"
+            )
         return int(channels), int(height), int(width)
     size = image_size or (None if preprocessing is None else preprocessing.image_size)
     if preprocessing is None or size is None:
@@ -221,6 +227,29 @@ def _shape(
             "or images=, and wrap the model with mean= and std="
         )
     return preprocessing.channels, int(size[0]), int(size[1])
+
+
+def _check_size(image_size: Any) -> None:
+    if not isinstance(image_size, Sequence) or len(image_size) != 2:
+        raise InvalidInputError(f"got image_size={image_size!r}; needed (height, width)")
+    for side in image_size:
+        check_whole("image_size", side, 1)
+
+
+def _check_labels(images: Any, labels: Any) -> None:
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+        came = (
+            f"{labels.dtype} of shape {tuple(labels.shape)}"
+            if isinstance(labels, Tensor)
+            else type(labels).__name__
+        )
+        raise InvalidInputError(f"got labels as {came}; needed a tensor (M,) of whole numbers")
+    if isinstance(images, Tensor) and len(images) != len(labels):
+        raise InvalidInputError(
+            f"got {len(images)} images and {len(labels)} labels; needed one label per image"
+        )
 
 
 def _probe(
@@ -239,11 +268,13 @@ def _wanted(
     if classes is None:
         return list(range(min(count, _DEFAULT_CLASSES)))
     names = classifier.classes or ()
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise InvalidInputError(f"got classes={classes!r}; needed a list of numbers or names")
     found = []
     for given in classes:
         if isinstance(given, str) and given in names:
             found.append(names.index(given))
-        elif str(given).isdigit() and int(given) < count:
+        elif str(given).isdecimal() and int(given) < count:
             found.append(int(given))
         else:
             hint = suggest(str(given), names)

@@ -27,6 +27,8 @@ from ebm_guard.sampling.sampler import energy_and_gradient
 Precision = Literal["auto", "float32", "bfloat16"]
 # Of energies; folding rounds otherwise than the net does.
 TOLERANCE = 1e-4
+# The factor that weights are changed by, to see whether a copy follows.
+_OTHER = 1.05
 # Gradients with respect to a batch of pixels below which a compilation cannot be worth its time.
 _COMPILE_STEPS = 2000
 # The share of bfloat16's gradients that must point where float32's do.
@@ -88,6 +90,8 @@ class SamplingNet:
         self.channels_last = False
         self._net: fx.GraphModule | None = None
         self._folds: list[Fold] = []
+        # Tensors of the copy that the live net has too, under the same name.
+        self._copied: list[str] = []
         self._device = classifier.device or torch.device("cpu")
         self._forward: Forward = pixel_forward(classifier)
         self.note = self._build(probe_pixels.detach().to(self._device), channels_last)
@@ -134,20 +138,22 @@ class SamplingNet:
         """
         if self._net is None:
             return
-        live = dict(unwrapped(self.classifier.model).state_dict(keep_vars=True))
-        own = self._net.state_dict(keep_vars=True)
-        folds = {name for fold in self._folds for name in fold.own_names}
         try:
-            for name, value in own.items():
-                if name not in folds and isinstance(value, Tensor):
-                    value.copy_(live[name])
-            for fold in self._folds:
-                refresh_fold(fold, own, live)
+            self._take_over(self._net, unwrapped(self.classifier.model))
         except (KeyError, RuntimeError) as error:
             raise InvalidInputError(
                 f"the net no longer has the weights it was traced with ({error}); make a new "
                 "SamplingNet"
             ) from error
+
+    @torch.no_grad()
+    def _take_over(self, net: fx.GraphModule, model: nn.Module) -> None:
+        """Write the weights of a model into its traced copy."""
+        live, own = tensors_of(model), net.state_dict(keep_vars=True)
+        for name in self._copied:
+            own[name].copy_(live[name])
+        for fold in self._folds:
+            refresh_fold(fold, own, live)
 
     def _build(self, probe: Tensor, channels_last: bool) -> str:
         """Trace, fold and compare; return the note."""
@@ -158,7 +164,12 @@ class SamplingNet:
             net, norms = self._traced(model)
         except Exception as error:  # noqa: BLE001 - tracing runs the user's code on stand-ins
             return f"not folded, run as it is: the model cannot be traced ({_short(error)})"
-        expected = self._energies_of_the_model(probe)
+        expected = self._energies(model, probe)
+        try:
+            if reason := self._left_behind(net, model, probe):
+                return self._as_it_is(reason)
+        except Exception as error:  # noqa: BLE001 - the user's code on other weights
+            return self._as_it_is(f"the folded copy fails ({_short(error)})")
         reasons = []
         for last in (True, False) if channels_last else (False,):
             trouble = self._try(net, probe, expected, last)
@@ -168,22 +179,49 @@ class SamplingNet:
                 layout = ", channels last" if last else ""
                 return f"{self.folded} of {norms} norm layers folded{rest}{layout}"
             reasons.append(trouble)
+        return self._as_it_is(reasons[-1])
+
+    def _as_it_is(self, reason: str) -> str:
+        """Go back to the net itself; return the note."""
         self._net, self._folds, self.folded, self.channels_last = None, [], 0, False
         self._forward = pixel_forward(self.classifier)
-        return f"not folded, run as it is: {reasons[-1]}"
+        return f"not folded, run as it is: {reason}"
 
     def _traced(self, model: nn.Module) -> tuple[fx.GraphModule, int]:
         """Trace a frozen copy in eval mode and fold it; also return its number of norm layers."""
-        own = copy.deepcopy(model)
-        for part in own.modules():
-            part.training = False
+        own = _evaluating(model)
         net, self._folds, norms = fold_norms(own.requires_grad_(requires_grad=False))
         self.folded = len(self._folds)
         return net, norms
 
-    def _energies_of_the_model(self, probe: Tensor) -> Tensor:
-        with untouched(self.classifier.model), torch.no_grad():
-            return formulas.energy(pixel_forward(self.classifier)(probe).logits)
+    def _left_behind(self, net: fx.GraphModule, model: nn.Module, probe: Tensor) -> str:
+        """Find what of a traced copy comes from the live net; return what would not follow it.
+
+        Tracing runs the user's code once: a tensor that it makes becomes a constant of the copy.
+        One like torch.tensor(2.0) stays right; one made of weights does not follow them. Other
+        weights tell the two apart.
+        """
+        live, own = tensors_of(model), net.state_dict(keep_vars=True)
+        folds = {name for fold in self._folds for name in fold.own_names}
+        others = {name: value for name, value in own.items() if name not in folds}
+        self._copied = [name for name in others if name in live]
+        constants = [name for name in others if name not in live]
+        if not constants:
+            return ""
+        other, copied = _evaluating(model), copy.deepcopy(net)
+        with torch.no_grad():
+            for value in {id(part): part for part in tensors_of(other).values()}.values():
+                if value.is_floating_point():
+                    value.mul_(_OTHER)
+        self._take_over(copied, other)
+        expected, found = (self._energies(part, probe) for part in (other, copied))
+        if _gap(found, expected) <= TOLERANCE:
+            return ""
+        return f"{', '.join(constants)} would not follow the weights: made of them in forward"
+
+    def _energies(self, net: nn.Module, probe: Tensor) -> Tensor:
+        with untouched(net), torch.no_grad():
+            return formulas.energy(pixel_forward(self._around(net))(probe).logits)
 
     def _try(
         self, net: fx.GraphModule, probe: Tensor, expected: Tensor, channels_last: bool
@@ -197,17 +235,19 @@ class SamplingNet:
             found, _ = energy_and_gradient(self.energy, probe)
         except Exception as error:  # noqa: BLE001 - whatever the user's layers raise on this layout
             return f"the folded copy fails ({_short(error)})"
-        scale = max(1.0, float(expected.abs().max()))
-        gap = float((found - expected).abs().max()) / scale
+        gap = _gap(found, expected)
         if not gap <= TOLERANCE:
             return f"the folded copy's energies differ by {gap:.1e} of their size"
         return ""
 
     def _use(self, net: nn.Module) -> None:
-        """Run pixels through this net, with the user's own way to pick the logits."""
+        self._forward = pixel_forward(self._around(net))
+
+    def _around(self, net: nn.Module) -> EnergyClassifier:
+        """Wrap another net, with the user's own way to pick the logits."""
         lean = copy.copy(self.classifier)
         lean.model = net
-        self._forward = pixel_forward(lean)
+        return lean
 
     def _choose_precision(self, probe: Tensor, wanted: Precision) -> None:
         net, on_cpu = self._net, self._device.type == "cpu"
@@ -261,6 +301,37 @@ class _Autocast(nn.Module):
     def forward(self, inputs: Tensor) -> Any:
         with torch.autocast(self.kind, dtype=torch.bfloat16):
             return self.net(inputs)
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return all tensors of a model by name: parameters, buffers, and plain attributes.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1))
+        >>> model[0].gain = torch.ones(1)
+        >>> sorted(tensors_of(model))
+        ['0.bias', '0.gain', '0.weight']
+    """
+    found: dict[str, Tensor] = {}
+    for name, part in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        for held in (vars(part), part._buffers, part._parameters):
+            found |= {prefix + key: each for key, each in held.items() if isinstance(each, Tensor)}
+    return found
+
+
+def _evaluating(model: nn.Module) -> nn.Module:
+    """Copy a model and put the copy into eval mode, flag by flag."""
+    own = copy.deepcopy(model)
+    for part in own.modules():
+        part.training = False
+    return own
+
+
+def _gap(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two sets of energies, as a share of their size."""
+    scale = max(1.0, float(expected.abs().max()))
+    return float((found - expected).abs().max()) / scale
 
 
 def _short(error: Exception) -> str:

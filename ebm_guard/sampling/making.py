@@ -31,7 +31,12 @@ def make_sampler(sampler: str | Sampler = "sgld:short_run", **settings: Any) -> 
         >>> make_sampler("hmc", num_steps=3).num_steps
         3
     """
-    if not isinstance(sampler, str):
+    if not isinstance(sampler, (str, Sampler)):
+        raise InvalidInputError(
+            f"got a {type(sampler).__name__} as sampler; needed a registered name, or an object "
+            "made from Sampler"
+        )
+    if isinstance(sampler, Sampler):
         if settings:
             raise InvalidInputError(
                 f"got a {type(sampler).__name__} and the settings {', '.join(settings)}; build "

@@ -9,12 +9,13 @@ chain, whatever its shape.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import check_box, check_choice, check_positive, check_whole
 from ebm_guard.sampling.sampler import (
     Chains,
     EnergyFunction,
@@ -22,7 +23,7 @@ from ebm_guard.sampling.sampler import (
     StepRecord,
     energy_and_gradient,
 )
-from ebm_guard.sampling.sgld import check_box, check_positive, check_steps, noise_like
+from ebm_guard.sampling.sgld import noise_like
 
 Wall = Literal["reject", "reflect"]
 
@@ -72,14 +73,12 @@ class HMC(Sampler):
         box: tuple[float, float] | None = None,
         boundary: Wall = "reject",
     ) -> None:
-        self.num_steps = check_steps(num_steps)
+        self.num_steps = check_whole("num_steps", num_steps)
         self.step_size = check_positive("step_size", step_size)
-        self.num_leapfrog = check_steps(num_leapfrog, 1, "num_leapfrog")
+        self.num_leapfrog = check_whole("num_leapfrog", num_leapfrog, 1)
         self.temperature = check_positive("temperature", temperature)
         self.box = check_box(box)
-        if boundary not in get_args(Wall):
-            raise InvalidInputError(f"got boundary={boundary!r}; known are reject and reflect")
-        self.boundary = boundary
+        self.boundary = cast("Wall", check_choice("boundary", boundary, get_args(Wall)))
 
     @property
     def leapfrog_size(self) -> float:
@@ -111,6 +110,9 @@ class HMC(Sampler):
     ) -> tuple[Chains, Tensor]:
         """Move along the dynamics; return the proposal and its momentum.
 
+        A proposal that meets an energy or a gradient that is not finite gets the energy infinity:
+        it is rejected.
+
         Args:
             energy: E(x), (B, ...) to (B,).
             here: points with their energies and gradients.
@@ -120,12 +122,16 @@ class HMC(Sampler):
         if gradient is None:
             gradient = energy_and_gradient(energy, points)[1]
         kick, values = size / (2 * self.temperature), here.energy
+        lost = torch.zeros(len(points), dtype=torch.bool, device=points.device)
         for _ in range(self.num_leapfrog):
             momentum = momentum - kick * gradient
             points = points + size * momentum
             if self.box is not None and self.boundary == "reflect":
                 points, momentum = bounce(points, momentum, self.box)
-            values, gradient = energy_and_gradient(energy, points)
+            values, gradient = energy_and_gradient(energy, points, check=False)
+            lost |= ~(torch.isfinite(values) & torch.isfinite(gradient).flatten(1).all(dim=1))
+            values = values.masked_fill(lost, math.inf)
+            gradient = gradient.masked_fill(_like(lost, gradient), 0.0)
             momentum = momentum - kick * gradient
         return Chains(points, values, gradient), momentum
 
@@ -243,13 +249,18 @@ def _square(momentum: Tensor) -> Tensor:
     return momentum.flatten(1).double().square().sum(dim=1)
 
 
+def _like(rows: Tensor, values: Tensor) -> Tensor:
+    """Shape one value for each chain, (B,), to go with (B, ...)."""
+    return rows.view(-1, *[1] * (values.ndim - 1))
+
+
 def _chosen(accepted: Tensor, there: Chains, here: Chains) -> Chains:
     """Take the proposal where it was accepted, chain by chain."""
 
     def pick(new: Tensor | None, old: Tensor | None) -> Tensor | None:
         if new is None or old is None:
             return None
-        return torch.where(accepted.view(-1, *[1] * (new.ndim - 1)), new, old)
+        return torch.where(_like(accepted, new), new, old)
 
     points = pick(there.points, here.points)
     return Chains(

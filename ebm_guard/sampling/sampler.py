@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard.errors import InvalidInputError, ModelOutputError
+from ebm_guard.sampling.checks import check_whole
 
 # From points (B, ...) to their energies (B,), differentiable; lower = more likely.
 EnergyFunction = Callable[[Tensor], Tensor]
@@ -142,9 +143,7 @@ class Sampler(ABC):
             ModelOutputError: an energy or a gradient is not finite.
         """
         check_start(start, self.box)
-        steps = self.num_steps if num_steps is None else num_steps
-        if steps < 0:
-            raise InvalidInputError(f"got num_steps={steps}; needed a whole number >= 0")
+        steps = self.num_steps if num_steps is None else check_whole("num_steps", num_steps)
         chains, records = Chains(start.detach().clone()), []
         saturated = [_saturation(chains.points, self.box)]
         for number in range(steps):
@@ -175,11 +174,18 @@ class Sampler(ABC):
         return Samples(chains.points, last.detach(), trace)
 
 
-def energy_and_gradient(energy: EnergyFunction, points: Tensor) -> tuple[Tensor, Tensor]:
+def energy_and_gradient(
+    energy: EnergyFunction, points: Tensor, *, check: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return E(x) (B,) and dE/dx (B, ...), detached; no ``.grad`` is written.
 
     Works under ``torch.no_grad()``; each chain's gradient is its own because the sum is
     differentiated.
+
+    Args:
+        energy: (B, ...) to (B,), differentiable.
+        points: (B, ...), floating.
+        check: refuse values that are not finite; False for callers that deal with them.
 
     Raises:
         InvalidInputError: no gradient reaches the points, or torch is in inference mode.
@@ -198,8 +204,9 @@ def energy_and_gradient(energy: EnergyFunction, points: Tensor) -> tuple[Tensor,
                 "no_grad. Samplers move along dE/dx and need one"
             )
         (gradient,) = torch.autograd.grad(values.sum(), leaf)
-    check_finite(values, "energies")
-    check_finite(gradient, "gradients")
+    if check:
+        check_finite(values, "energies")
+        check_finite(gradient, "gradients")
     return values.detach(), gradient.detach()
 
 

@@ -8,12 +8,18 @@ follow exp(-E/T) up to the error of a finite step.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import (
+    check_box,
+    check_choice,
+    check_number,
+    check_positive,
+    check_whole,
+)
 from ebm_guard.sampling.sampler import (
     Chains,
     EnergyFunction,
@@ -69,16 +75,12 @@ class SGLD(Sampler):
         box: tuple[float, float] | None = UNIT_BOX,
         boundary: Boundary = "clamp",
     ) -> None:
-        self.num_steps = check_steps(num_steps)
+        self.num_steps = check_whole("num_steps", num_steps)
         self.step_size = check_positive("step_size", step_size)
-        if not (noise_std >= 0 and math.isfinite(noise_std)):
-            raise InvalidInputError(f"got noise_std={noise_std}; needed a finite number >= 0")
-        self.noise_std = float(noise_std)
+        self.noise_std = check_number("noise_std", noise_std)
         self.clip = None if clip is None else check_positive("clip", clip)
         self.box = check_box(box)
-        if boundary not in get_args(Boundary):
-            raise InvalidInputError(f"got boundary={boundary!r}; known are clamp and reflect")
-        self.boundary = boundary
+        self.boundary = cast("Boundary", check_choice("boundary", boundary, get_args(Boundary)))
 
     @classmethod
     def short_run(
@@ -211,52 +213,3 @@ def noise_like(points: Tensor, generator: torch.Generator) -> Tensor:
         torch.Size([2, 3])
     """
     return torch.randn(points.shape, generator=generator, device=points.device, dtype=points.dtype)
-
-
-def check_steps(num_steps: int, least: int = 0, name: str = "num_steps") -> int:
-    """Return a number of steps, or refuse it.
-
-    Raises:
-        InvalidInputError: not a whole number, or smaller than ``least``.
-
-    Example:
-        >>> check_steps(3)
-        3
-    """
-    if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < least:
-        raise InvalidInputError(f"got {name}={num_steps}; needed a whole number >= {least}")
-    return int(num_steps)
-
-
-def check_positive(name: str, value: float) -> float:
-    """Return a finite number above 0, or refuse it.
-
-    Raises:
-        InvalidInputError: not finite, or not above 0.
-
-    Example:
-        >>> check_positive("step_size", 0.25)
-        0.25
-    """
-    if not (value > 0 and math.isfinite(value)):
-        raise InvalidInputError(f"got {name}={value}; needed a finite number > 0")
-    return float(value)
-
-
-def check_box(box: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Return (low, high) as floats, or refuse what is no box.
-
-    Raises:
-        InvalidInputError: not two finite numbers with low < high.
-
-    Example:
-        >>> check_box([0, 1])
-        (0.0, 1.0)
-    """
-    if box is None:
-        return None
-    if len(box) != 2 or not all(map(math.isfinite, box)) or not box[0] < box[1]:
-        raise InvalidInputError(
-            f"got box={tuple(box)}; needed (low, high) with low < high, or None"
-        )
-    return float(box[0]), float(box[1])

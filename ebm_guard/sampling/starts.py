@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ebm_guard.errors import DataError, InvalidInputError, NotFittedError
+from ebm_guard.sampling.checks import check_number, check_whole
 
 # Bytes of all classes' covariance factors; beyond it, the classes share one.
 _FACTOR_BYTES = 2**26
@@ -106,11 +106,10 @@ class ClassGaussian(Start):
     name = "class_gaussian"
 
     def __init__(self, grid: int = 8, noise_std: float = 0.02) -> None:
-        if grid < 1 or not 0 <= noise_std < math.inf:
-            raise InvalidInputError(
-                f"got grid={grid}, noise_std={noise_std}; needed grid >= 1 and noise_std >= 0"
-            )
-        self.grid, self.noise_std = int(grid), float(noise_std)
+        self.grid, self.noise_std = (
+            check_whole("grid", grid, 1),
+            check_number("noise_std", noise_std),
+        )
         self.shape: tuple[int, ...] = ()
         self._means = self._factors = torch.empty(0)
         self._counts = torch.empty(0, dtype=torch.int64)
@@ -253,15 +252,19 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
         >>> check_shape([1, 8, 8])
         (1, 8, 8)
     """
-    sizes = tuple(int(size) for size in shape)
-    if not sizes or min(sizes) < 1:
+    if not isinstance(shape, Sequence) or not shape:
         raise InvalidInputError(
-            f"got shape {sizes}; needed the shape of one point, such as (3, 32, 32)"
+            f"got shape {shape!r}; needed the shape of one point, such as (3, 32, 32)"
         )
-    return sizes
+    return tuple(check_whole("shape", size, 1) for size in shape)
 
 
 def _check_fit(pixels: Tensor, labels: Tensor) -> None:
+    if not isinstance(pixels, Tensor) or not isinstance(labels, Tensor):
+        raise InvalidInputError(
+            f"got pixels as {type(pixels).__name__} and labels as {type(labels).__name__}; needed "
+            "two tensors"
+        )
     if pixels.ndim != 4 or not pixels.is_floating_point() or labels.shape != (len(pixels),):
         raise InvalidInputError(
             f"got pixels {tuple(pixels.shape)} {pixels.dtype} and labels {tuple(labels.shape)}; "

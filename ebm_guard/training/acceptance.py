@@ -1,8 +1,11 @@
 """The acceptance test: may the candidate take the start's place?
 
 On rows used for nothing else. Both nets see the same rows, so every difference is paired; the two
-bounds are one-sided at 95 %, so a net that is worse than the limits passes at most one time in
-twenty, whatever the run did to get there.
+bounds are one-sided at 95 %: a net that is worse than a limit passes its test about one time in
+twenty, whatever the run did to get there. That rate is exact (never more than one in twenty) for
+the accuracy of a net that gained no row. Where rows were gained it is that of Tango's score bound:
+5.2 % at the worst of a wide grid (limits of 1, 2 and 5 points; up to 2,000 rows, 3 % gained).
+Student's t is as good as the mean of the NLL's differences is normal.
 """
 
 from __future__ import annotations
@@ -15,12 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ebm_guard.errors import InvalidInputError
 from ebm_guard.intervals import LEVEL, Metric, normal_quantile
 from ebm_guard.ood.metrics import auroc_difference
+from ebm_guard.training.bounds import loss_upper
 from ebm_guard.training.selection import Look
-
-_BISECTIONS = 60
+from ebm_guard.training.temperatures import Temperatures
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,21 @@ class Acceptance:
         n: ID rows.
         tests: the three.
         auroc: ``start``, ``candidate``, paired ``difference`` and ``role`` of each OOD set.
-        temperature: of both sides, fitted on the selection rows.
+        temperature: of both sides, fitted on the selection rows; one for both where one of them
+            could not be fitted, with a note.
     """
 
     passed: bool
     n: int
     tests: tuple[Check, ...]
     auroc: Mapping[str, Mapping[str, Any]]
-    temperature: Mapping[str, float]
+    temperature: Temperatures
 
     @property
     def story(self) -> list[str]:
         """Say in plain words what each test found."""
-        return [_sentence(test) for test in self.tests]
+        note = self.temperature.note
+        return [*([note] if note else []), *map(_sentence, self.tests)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON types."""
@@ -97,7 +101,7 @@ class Acceptance:
             "n": self.n,
             "tests": [test.to_dict() for test in self.tests],
             "auroc": {name: dict(row) for name, row in self.auroc.items()},
-            "temperature": dict(self.temperature),
+            "temperature": self.temperature.to_dict(),
         }
 
 
@@ -105,7 +109,7 @@ def accept(
     start: Look,
     candidate: Look,
     *,
-    temperatures: tuple[float, float],
+    temperatures: Temperatures,
     max_acc_drop: float,
     max_nll_rise: float,
     roles: Mapping[str, str],
@@ -113,9 +117,9 @@ def accept(
     """Test a candidate against the start on the same rows.
 
     Three tests, and all must pass: the upper bound of the loss of accuracy is at most
-    ``max_acc_drop``; the upper bound of the rise of the NLL, each side after its own temperature,
-    is at most ``max_nll_rise``; the mean AUROC of the energy over the OOD sets is not lower. The
-    last is of the estimate: it asks for a gain, and its bound is printed beside it.
+    ``max_acc_drop``; the upper bound of the rise of the NLL, both sides after temperature, is at
+    most ``max_nll_rise``; the mean AUROC of the energy over the OOD sets is not lower. The last is
+    of the estimate: it asks for a gain, and its bound is printed beside it.
 
     Args:
         start: on the acceptance rows.
@@ -128,10 +132,12 @@ def accept(
     tests: tuple[Check, ...]
     if not candidate.finite:
         tests = (_not_finite(start, max_acc_drop),)
-        return Acceptance(False, len(start.labels), tests, {}, _named(temperatures))
+        return Acceptance(False, len(start.labels), tests, {}, temperatures)
     tests = (
         accuracy_test(start.correct, candidate.correct, max_acc_drop),
-        nll_test(start.nll(temperatures[0]), candidate.nll(temperatures[1]), max_nll_rise),
+        nll_test(
+            start.nll(temperatures.start), candidate.nll(temperatures.candidate), max_nll_rise
+        ),
         auroc_test(start, candidate),
     )
     return Acceptance(
@@ -139,12 +145,12 @@ def accept(
         n=len(start.labels),
         tests=tests,
         auroc=_by_set(start, candidate, roles),
-        temperature=_named(temperatures),
+        temperature=temperatures,
     )
 
 
 def accuracy_test(start: NDArray[np.bool_], candidate: NDArray[np.bool_], limit: float) -> Check:
-    """Test that the accuracy falls by at most ``limit``, by Tango's bound.
+    """Test that the accuracy falls by at most ``limit``; see :func:`loss_upper`.
 
     Args:
         start: (N,) whether the start is right.
@@ -159,7 +165,7 @@ def accuracy_test(start: NDArray[np.bool_], candidate: NDArray[np.bool_], limit:
     lost = int((start & ~candidate).sum())
     gained = int((~start & candidate).sum())
     n = len(start)
-    bound = tango_upper(lost, gained, n)
+    bound = loss_upper(lost, gained, n)
     return Check(
         name="accuracy",
         what=f"accuracy falls by at most {points(limit)}",
@@ -170,7 +176,8 @@ def accuracy_test(start: NDArray[np.bool_], candidate: NDArray[np.bool_], limit:
         limit=-limit,
         passed=bound <= limit,
         n=n,
-        method=f"one-sided {LEVEL:.0%} score bound of paired proportions (Tango)",
+        method=f"one-sided {LEVEL:.0%} score bound of paired proportions (Tango), and the exact "
+        "binomial bound (Clopper-Pearson) where no row was gained",
     )
 
 
@@ -242,55 +249,6 @@ def auroc_test(start: Look, candidate: Look) -> Check:
     )
 
 
-def tango_upper(lost: int, gained: int, n: int, level: float = LEVEL) -> float:
-    """Compute the upper score bound of the loss (lost - gained) / n of paired proportions.
-
-    The bound is the largest d with (b - c - n d) / sqrt(n (2 q + d (1 - d))) >= -z, where b rows
-    were right and became wrong, c the other way round, and q is the maximum-likelihood estimate of
-    the chance of c under a loss of d:
-    q = (sqrt(B^2 - 4 A C) - B) / (2 A), A = 2 n, B = (2 n - b + c) d - b - c, C = -c d (1 - d).
-
-    Args:
-        lost: b.
-        gained: c.
-        n: rows, b + c <= n.
-        level: of the one-sided bound.
-
-    Raises:
-        InvalidInputError: counts out of range.
-
-    References:
-        Tango, Equivalence test and confidence interval for the difference in proportions for the
-        paired-sample design, Statistics in Medicine 1998, eq. 9 and section 3.
-
-    Example:
-        >>> round(tango_upper(0, 0, 268), 5)
-        0.00999
-    """
-    if n < 1 or lost < 0 or gained < 0 or lost + gained > n:
-        raise InvalidInputError(f"got {lost} lost and {gained} gained of {n} rows")
-    z = normal_quantile(level)
-    low, high = (lost - gained) / n, 1.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        inside = _tango_statistic(lost, gained, n, middle) >= -z
-        low, high = (middle, high) if inside else (low, middle)
-    return high
-
-
-def rows_needed(max_acc_drop: float, level: float = LEVEL) -> int:
-    """Return the fewest acceptance rows with which a net that loses nothing can pass.
-
-    With no row changed the bound is z^2 / (n + z^2).
-
-    Example:
-        >>> rows_needed(0.01), rows_needed(0.02)
-        (268, 133)
-    """
-    z2 = normal_quantile(level) ** 2
-    return math.ceil(z2 * (1 - max_acc_drop) / max_acc_drop)
-
-
 def points(share: float) -> str:
     """Say a share in points.
 
@@ -299,20 +257,6 @@ def points(share: float) -> str:
         ('1 point', '2.5 points')
     """
     return f"{100 * share:g} point" + ("" if share == 0.01 else "s")
-
-
-def _tango_statistic(lost: int, gained: int, n: int, loss: float) -> float:
-    a = 2 * n
-    b = (2 * n - lost + gained) * loss - lost - gained
-    c = -gained * loss * (1 - loss)
-    # The same root in the form that does not cancel.
-    root = math.sqrt(max(0.0, b * b - 4 * a * c))
-    q = (root - b) / (2 * a) if b <= 0 else -2 * c / (root + b)
-    variance = n * (2 * q + loss * (1 - loss))
-    above = lost - gained - n * loss
-    if variance <= 0:
-        return 0.0 if above == 0 else math.copysign(math.inf, above)
-    return above / math.sqrt(variance)
 
 
 def _by_set(start: Look, candidate: Look, roles: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -344,10 +288,6 @@ def _not_finite(start: Look, limit: float) -> Check:
         n=len(start.labels),
         method="every logit is looked at",
     )
-
-
-def _named(temperatures: tuple[float, float]) -> dict[str, float]:
-    return {"start": temperatures[0], "candidate": temperatures[1]}
 
 
 def _sentence(test: Check) -> str:

@@ -32,6 +32,22 @@ def checkpoint_path(folder: Path, rank: int = 0) -> Path:
     return path if rank == 0 else path.with_suffix(f".rank{rank}.pt")
 
 
+def check_no_checkpoint(folder: Path) -> None:
+    """Refuse to start a run where another one left a checkpoint.
+
+    Its history would be lost at once, and its checkpoint would stand beside the new history.
+
+    Raises:
+        DataError: there is one.
+    """
+    old = sorted(folder.glob(f"{Path(CHECKPOINT_FILE).stem}*{Path(CHECKPOINT_FILE).suffix}"))
+    if old:
+        raise DataError(
+            f"{folder} holds {old[0].name} of an earlier run. Go on with it (resume=True, "
+            "--resume), give another folder, or remove the file to start anew"
+        )
+
+
 def save_checkpoint(
     folder: Path, state: Mapping[str, Any], settings: Mapping[str, Any], rank: int = 0
 ) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -110,13 +110,49 @@ def world_of(device: torch.device | None) -> Iterator[World]:
     device = torch.device("cpu") if device is None else device
     size = int(os.environ.get("WORLD_SIZE", "1"))
     ours = size > 1 and dist.is_available() and not dist.is_initialized()
-    if ours:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        if dist.is_available() and dist.is_initialized():
-            yield World(dist.get_rank(), dist.get_world_size(), device)
-        else:
-            yield World(device=device)
-    finally:
+    if size > 1:
+        check_own_device(device)
+    # nccl works on the current device, also where it is given none, as in a barrier.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if ours:
-            dist.destroy_process_group()
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            if dist.is_available() and dist.is_initialized():
+                yield World(dist.get_rank(), dist.get_world_size(), device)
+            else:
+                yield World(device=device)
+        finally:
+            if ours:
+                dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Return this process's own GPU for ``cuda`` under ``torchrun``; other devices as they are.
+
+    Where every process sees one GPU alone (by CUDA_VISIBLE_DEVICES) that one is its own.
+
+    Example:
+        >>> local_device(torch.device("cpu"))
+        device(type='cpu')
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    if str(device) != "cuda" or rank is None:
+        return device
+    return torch.device("cuda", int(rank) if torch.cuda.device_count() > 1 else 0)
+
+
+def check_own_device(device: torch.device) -> None:
+    """Refuse the first GPU for a process that is not the first of its machine.
+
+    That is where a model lands that was moved by ``model.cuda()`` on every process.
+
+    Raises:
+        InvalidInputError: with the device that is needed.
+    """
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    first = str(device) in ("cuda", "cuda:0")
+    if first and rank > 0 and torch.cuda.device_count() > rank:
+        raise InvalidInputError(
+            f"got a model on {device} in process {rank} of this machine; every process needs a GPU "
+            f'of its own: model.to("cuda:{rank}") (LOCAL_RANK)'
+        )

@@ -11,15 +11,17 @@ from ebm_guard.errors import InvalidInputError
 from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.training.augment import Augment
+from ebm_guard.training.checkpoint import check_no_checkpoint
 from ebm_guard.training.distributed import world_of
 from ebm_guard.training.finishing import finish
 from ebm_guard.training.history import Line
 from ebm_guard.training.images import Images, as_training_images
 from ebm_guard.training.objectives import Objective
 from ebm_guard.training.options import FineTuneOptions
-from ebm_guard.training.preparing import Sets, make_training_objective, prepare
+from ebm_guard.training.preparing import make_training_objective, prepare
 from ebm_guard.training.result import FinetuneResult
 from ebm_guard.training.scope import frozen_random
+from ebm_guard.training.sets import Sets, check_names
 from ebm_guard.training.train_copy import train_copy
 from ebm_guard.training.working_copy import classifier_of
 
@@ -63,8 +65,9 @@ def finetune(
 
     A deep copy is trained, in eval mode: batch-norm statistics stay fixed and dropout is off. The
     user's model is never changed. A quarter of the validation rows chooses the best state, half
-    decides whether it may take the start's place, and a quarter fits the new guard. Training and
-    validation images must not be the same.
+    decides whether it may take the start's place, and a quarter fits the new guard. All sets have
+    images of one shape, and no set may share images with another. Labels are needed for every
+    image: semi-supervised training is not a part of this version.
 
     Under ``torchrun`` each process trains on its share of every batch; call it in the same way on
     all of them.
@@ -83,15 +86,15 @@ def finetune(
         optimizer: ``adamw`` or ``sgd`` (Nesterov momentum 0.9).
         weight_decay: of matrices and kernels.
         warm_up: share of the run over which the learning rate rises; then it falls as a cosine.
-        scope: ``all``, ``last_block``, ``head`` or ``regex:PATTERN``; see
-            :func:`ebm_guard.training.scope.set_scope`.
+        scope: ``all``, ``last_block``, ``head`` or ``regex:PATTERN``; weights that you froze stay
+            frozen in the first two; see :func:`ebm_guard.training.scope.set_scope`.
         augment: ``flip_crop`` or a function (pixels, generator) -> pixels, for the cross-entropy
             stream alone; default: none.
         outliers: images off the data to train on.
         outlier_share: their share of the negatives, in (0, 1]; the rest are those of the objective
             (synthetic ones for ``margin`` and ``dat``).
         ood_validation: OOD images, or several sets by name, to choose and to accept on; half of
-            each set for either. None of them in ``outliers``.
+            each set for either. At least 4 different images in each.
         evaluate_every: updates between evaluations; default: eight times a run.
         selection_rows: most rows that an evaluation looks at.
         outlier_rows: most outliers of each kind, in evaluations and in the acceptance test.
@@ -106,7 +109,8 @@ def finetune(
         attempts: how often the run may go back to its last good state, with half the learning
             rate, before it gives up. It goes back when the safeguard ends an attempt, and when an
             attempt ends without a state that may be chosen.
-        checkpoint: folder for ``checkpoint.pt`` and ``history.jsonl``.
+        checkpoint: folder for ``checkpoint.pt`` and ``history.jsonl``; without ``resume`` it must
+            hold no checkpoint.
         resume: go on from the checkpoint in that folder.
         progress: show a bar on stderr.
         on_event: called with each line of the history.
@@ -117,8 +121,10 @@ def finetune(
     Raises:
         InvalidInputError: settings or images that cannot be used; fewer validation rows than any
             net could pass the acceptance test with.
-        DataError: training and validation share images; a checkpoint of another run.
-        UnsupportedModelError: the model cannot be copied, or no gradient reaches its weights.
+        DataError: two sets share images; a checkpoint of another run, or one that is in the way.
+        UnsupportedModelError: the model cannot be copied, its logits for an image depend on the
+            others of the batch, or no gradient reaches its weights.
+        ModelOutputError: the model's logits are not finite.
 
     Example:
         >>> from ebm_guard.data.demo import demo_classifier, load_demo
@@ -161,6 +167,7 @@ def finetune(
     ood = ood_validation if isinstance(ood_validation, Mapping) else None
     if ood is None:
         ood = {} if ood_validation is None else {"ood_validation": ood_validation}
+    check_names(ood)
     sets = Sets(
         train=images,
         validation=as_training_images(validation, classifier, "validation"),
@@ -170,6 +177,8 @@ def finetune(
     folder = None if checkpoint is None else Path(checkpoint)
     if resume and folder is None:
         raise InvalidInputError("got resume=True without checkpoint=; needed its folder")
+    if folder is not None and not resume:
+        check_no_checkpoint(folder)
     with world_of(classifier.device) as world, frozen_random(classifier.device):
         prepared = prepare(
             classifier,

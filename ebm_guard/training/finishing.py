@@ -11,6 +11,7 @@ from ebm_guard.training.refit import fit_like
 from ebm_guard.training.result import ACCEPTED, START_RETURNED, FinetuneResult
 from ebm_guard.training.selection import Evaluation, Look
 from ebm_guard.training.setup import Outcome
+from ebm_guard.training.temperatures import Temperatures
 from ebm_guard.training.train_copy import Trained
 from ebm_guard.training.working_copy import around, finished
 
@@ -68,7 +69,7 @@ def _accept(of: Prepared, look: Look, evaluation: Evaluation) -> Acceptance:
     return accept(
         of.on_acceptance,
         look,
-        temperatures=(of.on_selection.temperature(), evaluation.temperature),
+        temperatures=Temperatures.of(of.on_selection.fit, evaluation.fit),
         max_acc_drop=of.options.max_acc_drop,
         max_nll_rise=of.options.max_nll_rise,
         roles=of.acceptance.roles,

@@ -133,10 +133,17 @@ class TrainingImages:
         """Return the labels (N,) int64.
 
         Raises:
-            DataError: there are none, or some are no class of the model.
+            DataError: there are none, or some are no class of the model, such as -1.
         """
         if self.labels is None:
             raise DataError(f"{what} ({self.source}) has no labels; fine-tuning needs them")
+        unlabelled = int((self.labels == -1).sum())
+        if unlabelled:
+            raise DataError(
+                f"{what} ({self.source}): {unlabelled:,} of {len(self):,} labels are -1. If that "
+                "means unlabelled, leave these images out: semi-supervised training is not a part "
+                "of this version"
+            )
         check_labels(self.labels.numpy(), num_classes, f"{what} ({self.source})")
         return self.labels
 

@@ -31,6 +31,7 @@ from ebm_guard.training.options import learning_rate_at
 from ebm_guard.training.safeguard import Safeguard, harm, within_limits
 from ebm_guard.training.selection import Evaluation
 from ebm_guard.training.setup import FreshForward, Outcome, Setup
+from ebm_guard.training.temperatures import Temperatures
 
 SLOWER = 0.5
 
@@ -55,7 +56,6 @@ class Loop:
         self._average = WeightAverage(setup.net.model, setup.options.ema)
         self._guard = Safeguard(setup.context.measured.std)
         self._augment = make_augment(setup.options.augment)
-        self._first = Evaluation.of(setup.start)
         self._update, self._attempt, self._seconds = 0, 0, 0.0
         self._best: dict[str, Any] | None = None
         self._good = self._state()
@@ -223,26 +223,15 @@ class Loop:
             look = of.panel.look(pixel_forward(of.classifier))
         if of.world.any(not look.finite):
             return "the logits of the selection rows are not finite"
-        own = Evaluation.of(look)
+        pair = Temperatures.of(of.start.fit, look.fit)
+        own = Evaluation.of(look, pair.candidate)
         found_harm = harm(of.start, look, of.options)
-        numbers = of.world.from_first(
-            [
-                *(own.accuracy, own.nll, own.ece, own.temperature, own.energy_mean),
-                *own.auroc.values(),
-                float(found_harm is not None),
-            ]
-        )
-        aurocs = dict(zip(own.auroc, numbers[5:], strict=False))
-        found = Evaluation(
-            accuracy=numbers[0],
-            nll=numbers[1],
-            ece=numbers[2],
-            temperature=numbers[3],
-            energy_mean=numbers[4],
-            auroc=aurocs,
-        )
-        harmed = bool(numbers[-1])
-        good = not harmed and within_limits(self._first, found, of.options)
+        fine = within_limits(Evaluation.of(of.start, pair.start), own, of.options)
+        # The last bits may differ between processes: what the first one found holds for all.
+        flags = [float(found_harm is not None), float(fine)]
+        harmed, chosen, *numbers = of.world.from_first([*flags, *own.numbers()])
+        found = own.with_numbers(numbers)
+        good = bool(chosen) and not harmed
         best = good and (self._best is None or found.mean_auroc > self._best["mean_auroc"])
         of.history.add("evaluation", self._update, **found.to_dict(), eligible=good, best=best)
         if best:

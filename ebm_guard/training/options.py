@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ebm_guard.errors import InvalidInputError, suggest
@@ -103,7 +103,8 @@ class FineTuneOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON types; a function by its name."""
-        settings = asdict(self) | {"objective_settings": described(self.objective_settings)}
+        settings = {item.name: getattr(self, item.name) for item in fields(self)}
+        settings |= {"objective_settings": described(self.objective_settings)}
         if callable(self.augment):
             settings["augment"] = getattr(self.augment, "__name__", type(self.augment).__name__)
         return settings
@@ -118,7 +119,8 @@ def described(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     known: dict[str, Any] = {}
     for name, value in settings.items():
-        own = getattr(value, "settings", None)
+        # As they were given: an object that took part in a run may have measured settings.
+        own = getattr(value, "identity", None) or getattr(value, "settings", None)
         if callable(own):
             known[name] = own()
         elif isinstance(value, (str, int, float, bool)) or value is None:

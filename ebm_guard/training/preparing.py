@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ebm_guard.data.splits import check_disjoint
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.errors import InvalidInputError, ModelOutputError
 from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.isolation import pixel_forward
-from ebm_guard.training.acceptance import points, rows_needed
+from ebm_guard.training.acceptance import points
+from ebm_guard.training.bounds import rows_needed
 from ebm_guard.training.distributed import World
-from ebm_guard.training.images import Rows, TrainingImages
+from ebm_guard.training.images import TrainingImages
 from ebm_guard.training.negatives import given_negatives
 from ebm_guard.training.objectives import Objective, make_objective
 from ebm_guard.training.options import FineTuneOptions
@@ -32,36 +31,11 @@ from ebm_guard.training.selection import (
     make_panel,
     split_validation,
 )
+from ebm_guard.training.sets import Sets, checked_sets
 from ebm_guard.training.working_copy import working_copy
 
 _PROBE = 8
-# Of sets that are decoded when asked for, only so many are compared with the validation rows.
-_COMPARED = 5000
 _HALF = 0.5
-
-
-@dataclass(frozen=True)
-class Sets:
-    """The user's images.
-
-    Args:
-        train: labelled.
-        validation: labelled.
-        outliers: to train on, or None.
-        ood: OOD sets by name, to choose and to accept on.
-    """
-
-    train: TrainingImages
-    validation: TrainingImages
-    outliers: TrainingImages | None = None
-    ood: Mapping[str, TrainingImages] = field(default_factory=dict)
-
-    def facts(self) -> dict[str, Any]:
-        """Say what each set is, as JSON types."""
-        sets = {"train": self.train, "validation": self.validation, **self.ood}
-        if self.outliers is not None:
-            sets["outliers"] = self.outliers
-        return {name: _facts(part) for name, part in sets.items()}
 
 
 @dataclass(frozen=True)
@@ -84,6 +58,7 @@ class Prepared:
         acceptance: rows of the acceptance test, with theirs.
         on_selection: what the start says on the first.
         on_acceptance: what it says on the second.
+        notes: what the user should know of the images, in words.
     """
 
     classifier: EnergyClassifier
@@ -101,6 +76,7 @@ class Prepared:
     acceptance: Panel
     on_selection: Look
     on_acceptance: Look
+    notes: tuple[str, ...]
 
 
 def prepare(
@@ -115,12 +91,14 @@ def prepare(
 
     Raises:
         InvalidInputError: settings or images that cannot be used; too few validation rows.
-        DataError: training and validation share images, or lack labels.
-        UnsupportedModelError: the model cannot be copied.
+        DataError: two sets share images, or labels are missing.
+        UnsupportedModelError: the model cannot be copied, or its logits depend on the batch.
+        ModelOutputError: logits that are not finite.
     """
     world.share(options.batch_size)
+    sets, notes = checked_sets(sets, options.outlier_rows, options.seed)
     train, seed = sets.train, options.seed
-    parts = _split(sets, options)
+    parts = _split(sets.validation, options)
     probe = train.pixels(np.arange(min(_PROBE, len(train)), dtype=np.int64))
     # One image alone proves nothing about a layer.
     probe = probe if len(probe) > 1 else torch.cat([probe, 1 - probe])
@@ -130,8 +108,6 @@ def prepare(
         num_classes = int(forward(probe).logits.shape[1])
     train.require_labels(num_classes, "train")
     sets.validation.require_labels(num_classes, "validation")
-    # Before the training: too few rows, or a score that cannot be made again, show here.
-    start_guard, _ = fit_like(guard, classifier, parts.refit, train, seed)
 
     def panel(images: TrainingImages, side: int) -> Panel:
         given = {name: half(part, seed, side) for name, part in sets.ood.items()}
@@ -145,6 +121,10 @@ def prepare(
 
     selection = panel(at_most(parts.selection, options.selection_rows, seed), 0)
     acceptance = panel(parts.acceptance, 1)
+    looks = {"selection": selection.look(forward), "acceptance": acceptance.look(forward)}
+    _check_start(looks, classifier.name)
+    # Before the training: too few rows, or a score that cannot be made again, show here.
+    start_guard, _ = fit_like(guard, classifier, parts.refit, train, seed)
     return Prepared(
         classifier=classifier,
         guard=guard,
@@ -159,8 +139,9 @@ def prepare(
         start_guard=start_guard,
         selection=selection,
         acceptance=acceptance,
-        on_selection=selection.look(forward),
-        on_acceptance=acceptance.look(forward),
+        on_selection=looks["selection"],
+        on_acceptance=looks["acceptance"],
+        notes=tuple(notes),
     )
 
 
@@ -185,14 +166,7 @@ def make_training_objective(
     return make_objective(objective, **settings)
 
 
-def _split(sets: Sets, options: FineTuneOptions) -> ValidationParts:
-    train, validation = sets.train, sets.validation
-    known = validation.hashes()
-    check_disjoint(train.hashes(_compared(train, options.seed)), known, ("train", "validation"))
-    if sets.outliers is not None:
-        for name, part in sets.ood.items():
-            rows = _compared(part, options.seed)
-            check_disjoint(sets.outliers.hashes(), part.hashes(rows), ("outliers", name))
+def _split(validation: TrainingImages, options: FineTuneOptions) -> ValidationParts:
     parts = split_validation(validation, options.seed)
     needed = rows_needed(options.max_acc_drop)
     if len(parts.acceptance) < needed:
@@ -205,26 +179,11 @@ def _split(sets: Sets, options: FineTuneOptions) -> ValidationParts:
     return parts
 
 
-def _compared(images: TrainingImages, seed: int) -> Rows | None:
-    if images.in_memory or len(images) <= _COMPARED:
-        return None
-    order = np.random.default_rng([seed, 59]).permutation(len(images))
-    return order[:_COMPARED].astype(np.int64)
-
-
-def _facts(images: TrainingImages) -> dict[str, Any]:
-    """Say what a set is; of a decoded one by its first images."""
-    few = None if images.in_memory else np.arange(min(64, len(images)), dtype=np.int64)
-    return {
-        "source": images.source,
-        "n": len(images),
-        "fingerprint": _fingerprint(images.hashes(few)),
-        "label_sum": None if images.labels is None else int(images.labels.sum()),
-    }
-
-
-def _fingerprint(hashes: NDArray[np.uint64]) -> str:
-    # Odd factors by place, so that the order counts.
-    with np.errstate(over="ignore"):
-        mixed = hashes * (2 * np.arange(len(hashes), dtype=np.uint64) + np.uint64(1))
-    return f"{int(np.bitwise_xor.reduce(mixed)):016x}"
+def _check_start(looks: Mapping[str, Look], name: str) -> None:
+    for rows, look in looks.items():
+        if not look.finite:
+            raise ModelOutputError(
+                f"the logits of this {name} are not finite on the {rows} rows or their outliers, "
+                "before any training: there is nothing to compare a fine-tuned model with. Look "
+                "at its weights and at its normalisation (mean, std)"
+            )

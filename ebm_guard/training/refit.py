@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ebm_guard.errors import EbmGuardError, InvalidInputError, first_line
 from ebm_guard.gate import Guard
@@ -112,16 +112,22 @@ def _settings(old: Guard) -> dict[str, Any]:
     return settings
 
 
+def _dtype(model: Any) -> torch.dtype:
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    return next((part.dtype for part in parameters if part.is_floating_point()), torch.float32)
+
+
 class _Loader:
-    """Batches of the model's own input; can be run through more than once."""
+    """Batches of the model's own input, in the dtype of its weights; can be read again."""
 
     def __init__(self, images: TrainingImages, classifier: EnergyClassifier) -> None:
         self._images, self._classifier = images, classifier
+        self._dtype = _dtype(classifier.model)
 
     def __iter__(self) -> Batches:
         labels = self._images.labels
         for at in range(0, len(self._images), _CHUNK):
             rows = np.arange(at, min(at + _CHUNK, len(self._images)), dtype=np.int64)
-            inputs = self._classifier.pixels(self._images.pixels(rows))
+            inputs = self._classifier.pixels(self._images.pixels(rows)).to(self._dtype)
             if labels is not None:
                 yield inputs, labels[torch.from_numpy(rows)]

@@ -12,6 +12,7 @@ from torch import nn
 
 from ebm_guard.files import replace_file
 from ebm_guard.gate import Guard
+from ebm_guard.model.wrappers import unwrapped
 from ebm_guard.training.acceptance import Acceptance
 from ebm_guard.training.history import HISTORY_FILE, Line, plain, write_history
 from ebm_guard.training.selection import ValidationParts
@@ -86,7 +87,8 @@ class FinetuneResult:
     def save(self, folder: str | Path) -> Path:
         """Write the winner: weights, guard, history and facts.
 
-        ``weights.safetensors`` loads into the user's own model:
+        ``weights.safetensors`` holds the weights of the plain model, and loads into the user's own,
+        also inside DataParallel or ``torch.compile``:
         ``ebm_guard.model.loading.load_weights(model, "weights.safetensors")``.
 
         Args:
@@ -101,7 +103,7 @@ class FinetuneResult:
         # Each under its own name and in its own memory: shared weights are written twice, and load.
         state = {
             name: value.detach().cpu().clone().contiguous()
-            for name, value in self.model.state_dict().items()
+            for name, value in unwrapped(self.model).state_dict().items()
             if isinstance(value, torch.Tensor)
         }
         with replace_file(folder / WEIGHTS_FILE) as new:

@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any
 
 from ebm_guard.intervals import LEVEL
-from ebm_guard.training.acceptance import tango_upper
+from ebm_guard.training.bounds import loss_upper
 from ebm_guard.training.options import FineTuneOptions
 from ebm_guard.training.selection import Evaluation, Look
+from ebm_guard.training.temperatures import Temperatures
 
 # |gap| and gradient norms beyond these multiples of their usual size are a runaway.
 GAP_FACTOR = 10.0
@@ -137,7 +138,13 @@ class Safeguard:
 
 
 def within_limits(start: Evaluation, found: Evaluation, options: FineTuneOptions) -> bool:
-    """Whether a state may be chosen: accuracy, NLL and ECE within their limits, as estimated."""
+    """Whether a state may be chosen: accuracy, NLL and ECE within their limits, as estimated.
+
+    Args:
+        start: at its temperature of the pair; see :class:`Temperatures`.
+        found: at the other.
+        options: with the limits.
+    """
     rounding = 1e-9
     return (
         start.accuracy - found.accuracy <= options.max_acc_drop + rounding
@@ -161,13 +168,14 @@ def harm(start: Look, look: Look, options: FineTuneOptions) -> str | None:
 
     before, after = start.correct, look.correct
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    least = -tango_upper(gained, lost, len(before))
+    least = -loss_upper(gained, lost, len(before))
     if least > HARM_FACTOR * options.max_acc_drop:
         return (
             f"the accuracy on {len(before):,} selection rows fell from {before.mean():.3f} to "
             f"{after.mean():.3f}"
         )
-    old, new = start.nll(start.temperature()), look.nll(look.temperature())
+    pair = Temperatures.of(start.fit, look.fit)
+    old, new = start.nll(pair.start), look.nll(pair.candidate)
     rise = new - old
     error = float(rise.std(ddof=1)) / len(rise) ** 0.5
     least = float(rise.mean()) - float(stats.t.ppf(LEVEL, len(rise) - 1)) * error

@@ -15,6 +15,7 @@ from ebm_guard.training.context import PixelNet
 
 SCOPES = ("all", "last_block", "head", "regex:PATTERN")
 _REGEX = "regex:"
+_KEEP_FROZEN = ("all", "last_block")
 _NORMS = (
     nn.modules.batchnorm._NormBase,
     nn.LayerNorm,
@@ -45,10 +46,13 @@ def check_scope(scope: str) -> None:
 def set_scope(net: PixelNet, classifier: EnergyClassifier, scope: str, probe: Tensor) -> list[str]:
     """Let gradients reach the weights in scope, and no others.
 
-    Weights that no gradient reaches (branches that are off in eval mode) stay out too.
+    Weights that no gradient reaches (branches that are off in eval mode) stay out too. So do, in
+    ``all`` and ``last_block``, weights that the user froze (``requires_grad=False``), unless that
+    leaves none: a model that is frozen as a whole was only prepared for inference. ``head`` and
+    ``regex:`` name weights, and may move frozen ones.
 
     Args:
-        net: the working copy.
+        net: the working copy, its ``requires_grad`` flags as the user's.
         classifier: around the same module.
         scope: ``all``; ``head`` (the verified last linear layer); ``last_block`` (the head and the
             last block before it, by the order of their first use; normalisation that follows the
@@ -63,7 +67,11 @@ def set_scope(net: PixelNet, classifier: EnergyClassifier, scope: str, probe: Te
         UnsupportedModelError: no gradient reaches any weight, or the head is not found.
     """
     check_scope(scope)
-    wanted = set(_wanted(net, classifier, scope, probe))
+    names = _wanted(net, classifier, scope, probe)
+    if scope in _KEEP_FROZEN:
+        free = {name for name, part in net.model.named_parameters() if part.requires_grad}
+        names = [name for name in names if name in free] or names
+    wanted = set(names)
     for name, part in net.model.named_parameters():
         part.requires_grad_(name in wanted and part.is_floating_point())
     reached = _reached(net, probe)

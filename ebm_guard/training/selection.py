@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ebm_guard import energy as formulas
 from ebm_guard.calibration.calibrators.base import rows_of
-from ebm_guard.calibration.calibrators.temperature import best_temperature
+from ebm_guard.calibration.calibrators.temperature import BestTemperature, best_temperature
 from ebm_guard.calibration.metrics import ece
 from ebm_guard.calibration.rows import row_statistics
 from ebm_guard.data.outliers import GUARD_KINDS
@@ -28,6 +29,7 @@ from ebm_guard.intervals import Metric
 from ebm_guard.model.isolation import Forward
 from ebm_guard.ood.metrics import auroc
 from ebm_guard.training.images import Rows, TrainingImages
+from ebm_guard.training.temperatures import CONVERGED, STATUSES
 
 Array = NDArray[np.float64]
 _CHUNK = 128
@@ -94,8 +96,12 @@ def split_validation(images: TrainingImages, seed: int = 0) -> ValidationParts:
 
 
 def half(images: TrainingImages, seed: int, which: int) -> TrainingImages:
-    """Return one half, 0 or 1, of a set, drawn at random."""
-    order = np.random.default_rng([seed, 29]).permutation(len(images)).astype(np.int64)
+    """Return one half, 0 or 1, of a set, drawn at random.
+
+    An image that occurs twice counts once, so that no image is in both halves.
+    """
+    _, unique = np.unique(images.hashes(), return_index=True)
+    order = np.random.default_rng([seed, 29]).permutation(np.sort(unique)).astype(np.int64)
     return images.select(np.sort(order[which::2]))
 
 
@@ -134,9 +140,14 @@ class Look:
         """(N,) whether the predicted class is right."""
         return np.asarray(self.logits.argmax(axis=1) == self.labels)
 
+    @cached_property
+    def fit(self) -> BestTemperature:
+        """T fitted on these rows; the status says whether one was found."""
+        return best_temperature(rows_of(self.logits, self.labels))
+
     def temperature(self) -> float:
         """Fit T on these rows; 1 where none can be found."""
-        return best_temperature(rows_of(self.logits, self.labels)).temperature
+        return self.fit.temperature
 
     def nll(self, temperature: float) -> Array:
         """Return -log p(y|x) after temperature, (N,)."""
@@ -240,9 +251,11 @@ class Evaluation:
         accuracy: share of right predictions.
         nll: mean after temperature.
         ece: after temperature.
-        temperature: T fitted on these rows.
+        temperature: T of NLL and ECE.
         auroc: of the energy on each OOD set.
         energy_mean: over the ID rows.
+        temperature_status: of the fit of T on these rows; anything but ``converged`` means that T
+            is 1, or that of the net that this one is compared with.
     """
 
     accuracy: float
@@ -251,11 +264,18 @@ class Evaluation:
     temperature: float
     auroc: Mapping[str, float]
     energy_mean: float
+    temperature_status: str = CONVERGED
 
     @classmethod
-    def of(cls, look: Look) -> Evaluation:
-        """Measure a look, which must be finite."""
-        temperature = look.temperature()
+    def of(cls, look: Look, temperature: float | None = None) -> Evaluation:
+        """Measure a look, which must be finite.
+
+        Args:
+            look: on the selection rows.
+            temperature: T of NLL and ECE; None fits it on these rows.
+        """
+        fit = look.fit
+        temperature = fit.temperature if temperature is None else temperature
         rows = row_statistics(look.logits, look.labels, temperature)
         return cls(
             accuracy=float(rows.correct.mean()),
@@ -265,6 +285,31 @@ class Evaluation:
             temperature=temperature,
             auroc={name: metric.value for name, metric in look.aurocs().items()},
             energy_mean=float(look.energies.mean()),
+            temperature_status=fit.status,
+        )
+
+    @property
+    def fit(self) -> BestTemperature:
+        """The fit of T, to be paired with that of another net."""
+        return BestTemperature(self.temperature, self.temperature_status)
+
+    def numbers(self) -> list[float]:
+        """Return all of it as numbers, which processes can exchange."""
+        status = float(STATUSES.index(self.temperature_status))
+        own = (self.accuracy, self.nll, self.ece, self.temperature, self.energy_mean)
+        return [status, *own, *self.auroc.values()]
+
+    def with_numbers(self, numbers: Sequence[float]) -> Evaluation:
+        """Return the evaluation, of the same OOD sets, that :meth:`numbers` came from."""
+        status, accuracy, nll, ece_, temperature, energy_mean, *aurocs = numbers
+        return Evaluation(
+            accuracy=accuracy,
+            nll=nll,
+            ece=ece_,
+            temperature=temperature,
+            auroc=dict(zip(self.auroc, aurocs, strict=True)),
+            energy_mean=energy_mean,
+            temperature_status=STATUSES[int(status)],
         )
 
     @property
@@ -279,6 +324,7 @@ class Evaluation:
             "nll": self.nll,
             "ece": self.ece,
             "temperature": self.temperature,
+            "temperature_status": self.temperature_status,
             "auroc": dict(self.auroc),
             "mean_auroc": self.mean_auroc,
             "energy_mean": self.energy_mean,

@@ -14,6 +14,7 @@ from ebm_guard import energy as formulas
 from ebm_guard.errors import DataError
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.isolation import pixel_forward
+from ebm_guard.model.wrappers import unwrapped
 from ebm_guard.training.checkpoint import load_checkpoint
 from ebm_guard.training.context import Context, Measured, PixelNet, TrainingBatch
 from ebm_guard.training.distributed import World
@@ -109,6 +110,8 @@ def train_copy(
     if state is None:
         evaluation = Evaluation.of(of.on_selection).to_dict()
         history.add("evaluation", 0, **evaluation, eligible=False, best=False)
+        for note in (*of.notes, *_frozen(net, of.classifier, options.scope)):
+            history.add("event", 0, text=note)
     else:
         loop.load(state)
         history.add("event", int(state["now"]["update"]), text="resumed")
@@ -128,10 +131,13 @@ def _stored(folder: Path, settings: dict[str, Any], world: World) -> dict[str, A
 
 
 def _settings(of: Prepared, highest: float, trained: int) -> dict[str, Any]:
-    """Return the settings that a checkpoint must agree with; margins are not measured yet."""
+    """Return the settings that a checkpoint must agree with, as they were given.
+
+    Nothing measured is among them: the same objective object may take part in several runs.
+    """
     roles = of.selection.roles
     return of.options.to_dict() | {
-        "objective": of.objective.settings(),
+        "objective": of.objective.identity(),
         "learning_rate": highest,
         "evaluate_every": of.options.interval,
         "trained_weights": trained,
@@ -143,6 +149,20 @@ def _settings(of: Prepared, highest: float, trained: int) -> dict[str, Any]:
         "negative_kinds": list(of.objective.negative_kinds),
         "guard_kinds": [name for name, role in roles.items() if role == "guard"],
     }
+
+
+def _frozen(net: PixelNet, classifier: EnergyClassifier, scope: str) -> list[str]:
+    """Say what becomes of weights that the user froze."""
+    given = unwrapped(classifier.model).named_parameters()
+    now = dict(net.model.named_parameters())
+    frozen = [name for name, part in given if not part.requires_grad]
+    moved = sum(now[name].requires_grad for name in frozen)
+    if not frozen:
+        return []
+    return [
+        f"{len(frozen):,} weights of the model are frozen (requires_grad=False): "
+        + (f"scope {scope!r} trains {moved:,} of them" if moved else "they stay as they are")
+    ]
 
 
 def _first_batch(of: Prepared) -> TrainingBatch:

@@ -15,6 +15,9 @@ from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.isolation import pixel_forward
 from ebm_guard.model.wrappers import unwrapped
 
+# Of the largest logit.
+_MIXING = 0.01
+
 
 def classifier_of(given: Any) -> tuple[EnergyClassifier, Guard | None]:
     """Return the classifier inside what the user gave, and the guard where it is one.
@@ -44,8 +47,9 @@ def working_copy(classifier: EnergyClassifier, probe: Tensor) -> EnergyClassifie
         A classifier around the copy, in eval mode.
 
     Raises:
-        UnsupportedModelError: no ``nn.Module``, half-precision weights, or a copy that fails,
-            shares weights with the model, or gives other logits.
+        UnsupportedModelError: no ``nn.Module``, half-precision weights, logits that depend on the
+            other images of a batch, or a copy that fails, shares weights with the model, or gives
+            other logits.
     """
     model = unwrapped(classifier.model)
     if not isinstance(model, nn.Module):
@@ -53,6 +57,7 @@ def working_copy(classifier: EnergyClassifier, probe: Tensor) -> EnergyClassifie
             f"got a {type(model).__name__}; fine-tuning trains weights, and needs an nn.Module"
         )
     _refuse_half(model)
+    _refuse_batch_statistics(model)
     try:
         made = copy.deepcopy(model)
     except Exception as error:  # the copy runs whatever the user's model holds
@@ -82,6 +87,7 @@ def working_copy(classifier: EnergyClassifier, probe: Tensor) -> EnergyClassifie
             f"a copy of this {classifier.name} gives other logits than the model (by {gap:.3g}): "
             "its forward pass is random, or uses what a copy does not hold"
         )
+    _refuse_mixing(copied, probe, after)
     return copied
 
 
@@ -109,6 +115,35 @@ def finished(copied: nn.Module, model: nn.Module, weights: Mapping[str, Tensor])
         part.grad = None
         part.requires_grad_(wanted[name])
     return made
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    found = [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None
+    ]
+    if found:
+        raise UnsupportedModelError(
+            f"got batch norm that keeps no running statistics ({', '.join(found[:3])}): it "
+            "normalises by the batch also in eval mode, so data and negatives would see each "
+            "other, and an image has no energy of its own. Use track_running_stats=True"
+        )
+
+
+def _refuse_mixing(copied: EnergyClassifier, probe: Tensor, whole: Tensor) -> None:
+    """Refuse logits that depend on the other images of the batch, however that comes about."""
+    forward, middle = pixel_forward(copied), len(probe) // 2
+    with torch.no_grad():
+        halves = torch.cat([forward(part).logits for part in (probe[:middle], probe[middle:])])
+    gap = float((halves - whole).abs().max())
+    # Kernels for another batch size round otherwise; a mean over the batch moves logits by more.
+    if gap > _MIXING * (1 + float(whole.abs().max())):
+        raise UnsupportedModelError(
+            f"the logits of this {copied.name} for an image depend on the other images of its "
+            f"batch (by {gap:.3g}), so an image has no energy of its own, and data and negatives "
+            "would see each other. Give a model that treats every image by itself"
+        )
 
 
 def _refuse_half(model: nn.Module) -> None:

@@ -41,7 +41,8 @@ TITLES = {
     "loss": "parts of the loss",
 }
 # Rows of the dumbbell figure, in inches.
-_ROW, _NAMES, _SPAN, _NUMBERS = 0.3, 1.62, 1.9, 1.22
+_ROW, _SPAN, _NUMBERS = 0.3, 1.7, 1.56
+_LETTER, _LONGEST = 0.074, 24
 
 
 def training_panels(section: Mapping[str, Any]) -> list[str]:
@@ -96,9 +97,12 @@ def finetune_ood(report: Mapping[str, Any]) -> Figure:
     """Draw the AUROC of both nets on each OOD set, and the difference with its interval."""
     rows = ood_order(report["ood"])
     high = _ROW * len(rows)
-    width, height = _NAMES + _SPAN + _NUMBERS, high + 0.92
+    longest = max(len(shorten(name, _LONGEST)) for name, _ in rows)
+    # The legend above begins over the names and needs some room of its own.
+    left = max(1.1, 0.2 + _LETTER * longest)
+    width, height = left + _SPAN + _NUMBERS, high + 0.92
     figure = Figure(figsize=(width, height))
-    ax = figure.add_axes((_NAMES / width, 0.46 / height, _SPAN / width, high / height))
+    ax = figure.add_axes((left / width, 0.46 / height, _SPAN / width, high / height))
     for place, (name, found) in enumerate(rows):
         _dumbbell(ax, place, name, found["auroc"])
     ax.set(ylim=(len(rows) - 0.5, -0.5), yticks=[])
@@ -116,7 +120,7 @@ def finetune_ood(report: Mapping[str, Any]) -> Figure:
         *(ax.plot([], [], "o", color=colour, markersize=6.4)[0] for colour in (UNDER, OVER, MUTED)),
     ]
     names = ("start", "candidate: better", "worse", "no clear change")
-    add_legend(ax, handles, names, loc="lower left", anchor=(-0.86, 1.0), columns=4)
+    add_legend(ax, handles, names, loc="lower left", anchor=(0.05 - left / _SPAN, 1.0), columns=4)
     return figure
 
 
@@ -197,7 +201,12 @@ def _dumbbell(ax: Axes, place: int, name: str, found: Mapping[str, Any]) -> None
         "va": "center",
     }
     ax.annotate(
-        shorten(name, 24), (0, place), (-8, 0), textcoords="offset points", ha="right", **outside
+        shorten(name, _LONGEST),
+        (0, place),
+        (-8, 0),
+        textcoords="offset points",
+        ha="right",
+        **outside,
     )
     difference = found["difference"]
     text = _signed(difference["value"])

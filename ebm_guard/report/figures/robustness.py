@@ -89,7 +89,7 @@ def robustness_ood(section: Mapping[str, Any]) -> Figure:
     ax = _panel(figure, 0, LEFT + PANEL + RIGHT)
     lines = [
         Line(
-            shorten(name, 20),
+            shorten(name, 15),
             [(row["epsilon"], row["accepted"]) for row in found["rows"]],
             SERIES[place % len(SERIES)],
             DASHES[place % len(DASHES)],

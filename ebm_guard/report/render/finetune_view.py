@@ -107,8 +107,11 @@ def key_changes(report: Item) -> Iterator[tuple[str, Item, str]]:
             yield "ECE after temperature", comparison["after"]["ece"], "percent"
         else:
             yield "NLL", comparison["before"]["nll"], "small"
+            yield "ECE", comparison["before"]["ece"], "percent"
     means = {
-        f"Mean AUROC of the energy: {name}": item for name, item in report["ood_means"].items()
+        f"Mean AUROC of the energy: {name}": item
+        for name, item in report["ood_means"].items()
+        if name != ROLES["trained_on"][0]
     }
     shown = {
         f"AUROC of the energy on {name}": found["auroc"]
@@ -204,6 +207,20 @@ def tests_sentence(acceptance: Item) -> str:
     )
 
 
+def temperature_sentence(temperature: Item) -> str:
+    """Say which temperatures were fitted, or why one was not."""
+    if temperature["note"]:
+        note: str = temperature["note"]
+        return note
+    start, candidate = (
+        fmt.number(temperature[side], significant=3) for side in ("start", "candidate")
+    )
+    return (
+        f"T = {start} for the start and T = {candidate} for the candidate, each fitted on the "
+        "selection rows."
+    )
+
+
 def training_sentence(training: Item) -> str:
     """Describe the course of a run in words."""
     said = [f"{fmt.count(training['made'])} updates were made"]
@@ -274,6 +291,42 @@ def limits(report: Item) -> list[str]:
             "named here with their budgets, without the gate, and a stronger attack may find more."
         )
     return said
+
+
+def run_sentence(section: Item) -> str:
+    """Say what run the section of a main report is of."""
+    which = (
+        "The candidate was accepted: it is the model of this report"
+        if section["status"] == "accepted"
+        else "The candidate was refused: the model of this report is the one that was given"
+    )
+    return (
+        f"Objective {section['objective']}, {fmt.count(section['updates'])} updates, seed "
+        f"{section['seed']}. {which}, as its weights show. The figures below were measured by "
+        "that run."
+    )
+
+
+def section_means(section: Item) -> list[tuple[str, str, Item]]:
+    """List the mean AUROCs of the section of a main report: name, note, comparison."""
+    names = {
+        "never_seen": ("Never seen", "nothing was trained, chosen or accepted on them"),
+        "trained_on": ("Trained on", "a gain here proves nothing"),
+    }
+    found = []
+    for key, (name, note) in names.items():
+        item = section["mean_auroc"][key]
+        if item is not None:
+            sets = f"{item['sets']} set{'' if item['sets'] == 1 else 's'}"
+            found.append((name, f"{sets}; {note}", item))
+    return found
+
+
+def no_loss(section: Item) -> str:
+    """Say that nothing is worse, or that nothing was compared."""
+    if not ran(section["acceptance"]):
+        return "There was no candidate to compare."
+    return "No figure is clearly worse."
 
 
 def data_sets(report: Item) -> list[tuple[str, Item]]:

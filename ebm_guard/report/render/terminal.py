@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebm_guard.report.render import (
     corruption_view,
+    finetune_view,
     purification_view,
     robustness_facts,
     robustness_view,
@@ -47,10 +48,31 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
     if report["requirements"]:
         console.print(_requirement_table(report))
     console.print(_number_table(report))
+    if finetune_view.ran(report["finetune"]):
+        _print_finetune(report["finetune"], console)
     for warning in report["warnings"]:
         console.print(Text.assemble(("! ", "bold yellow"), warning["message"]))
     if report["warnings"]:
         console.print()
+
+
+def _print_finetune(section: Mapping[str, Any], console: Console) -> None:
+    """Print what fine-tuning gained and lost."""
+    from rich.text import Text
+
+    console.print(Text(f"Fine-tuning: {finetune_view.run_sentence(section)}"))
+    for name, note, item in finetune_view.section_means(section):
+        values = " → ".join(fmt.value(item[side], "score") for side in ("start", "candidate"))
+        change = finetune_view.whole_difference(item, "score")
+        console.print(
+            Text(f"Mean AUROC of the energy, {name.lower()} ({note}): {values}, {change}")
+        )
+    for line in section["losses"]:
+        console.print(Text.assemble(("✗ worse: ", "red"), line))
+    if not section["losses"]:
+        console.print(Text(finetune_view.no_loss(section)))
+    console.print(Text(f"Full page: {section['page']}", style="dim"))
+    console.print()
 
 
 def render_attack_terminal(report: Mapping[str, Any], console: Console) -> None:

@@ -94,6 +94,12 @@ def pillars(report: Mapping[str, Any]) -> list[dict[str, str]]:
     return cards
 
 
+def not_run_sections(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """List the optional sections that did not run, with the reason."""
+    reasons = ((name, not_run(report[key])) for key, name in NOT_RUN_NAMES.items())
+    return [(name, reason) for name, reason in reasons if reason is not None]
+
+
 def _card(anchor: str, name: str, status: str, headline: str, text: str) -> dict[str, str]:
     return {
         "anchor": anchor,
@@ -326,4 +332,9 @@ def limits(report: Mapping[str, Any]) -> list[str]:
         said.append("No deliberate attack and no image corruption was tried.")
     else:
         said += robustness_facts.limits(report["robustness"])
+    if not_run(report["finetune"]) is None:
+        said.append(
+            "What is said of fine-tuning was measured by that run, on the rows it was given. "
+            "Nothing of it was measured again here."
+        )
     return said

@@ -22,9 +22,10 @@ from ebm_guard.sampling import (
     Start,
     UniformStart,
 )
+from ebm_guard.sampling.checks import check_choice
 from ebm_guard.sampling.starts import start_from_state
 from ebm_guard.training.context import Context, TrainingBatch
-from ebm_guard.training.negatives.base import Negatives
+from ebm_guard.training.negatives.base import Negatives, on_edge
 
 STARTS = ("gaussian", "uniform")
 DEFAULT_STEPS = 10
@@ -59,6 +60,7 @@ class ChainNegatives(Negatives):
                 "such as SGLD.short_run()"
             )
         self.conditional = bool(conditional)
+        self._saturation: float | None = None
 
     def conditioned(self) -> ChainNegatives:
         """Return chains with the same settings that follow E(x, y); to be begun by themselves."""
@@ -78,7 +80,12 @@ class ChainNegatives(Negatives):
         generator = context.torch_generator(f"{self.name} chains")
         ended = self.sampler.run(energy_of(context, labels), points, generator)
         self._stopped(ended.points)
+        self._saturation = on_edge(ended.points)
         return Drawn(ended.points, labels)
+
+    def saturation(self) -> float | None:
+        """Return the share of values of the last draw that lie on the edge of [0, 1]."""
+        return self._saturation
 
     @abstractmethod
     def _start(self, context: Context, batch: TrainingBatch) -> Drawn:
@@ -177,6 +184,7 @@ class NoiseChains(ChainNegatives):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the fitted start."""
+        self._from = None
         if state:
             self._from = start_from_state(state["settings"], state["shape"], state["start"])
 
@@ -218,9 +226,7 @@ def check_start_name(start: str) -> str:
         >>> check_start_name("uniform")
         'uniform'
     """
-    if start not in STARTS:
-        raise InvalidInputError(f"got start={start!r}; known are {' and '.join(STARTS)}")
-    return start
+    return check_choice("start", start, STARTS)
 
 
 def fitted_start(kind: str, context: Context, batch: TrainingBatch) -> Start:

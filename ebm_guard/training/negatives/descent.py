@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ebm_guard import energy as formulas
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import check_number, check_positive, check_whole
 from ebm_guard.sampling.sampler import energy_and_gradient
 from ebm_guard.training.context import Context, TrainingBatch
-from ebm_guard.training.negatives.base import Negatives
+from ebm_guard.training.negatives.base import Negatives, on_edge
 from ebm_guard.training.negatives.making import make_negatives
 
 
@@ -57,17 +56,19 @@ class Descent(Negatives):
         target: float = 0.8,
         window: int = 512,
     ) -> None:
-        if max_steps < 0 or window < 2 or not 0.5 < target < 1 or not 0 < step_size < math.inf:
-            raise InvalidInputError(
-                f"got max_steps={max_steps}, step_size={step_size}, target={target}, "
-                f"window={window}; needed max_steps >= 0, step_size > 0, target between 0.5 and 1 "
-                "and window >= 2"
-            )
         self.start = make_negatives(negatives)
-        self.max_steps, self.window = int(max_steps), int(window)
-        self.step_size, self.target = float(step_size), float(target)
+        self.max_steps = check_whole("max_steps", max_steps)
+        self.window = check_whole("window", window, 2)
+        self.step_size = check_positive("step_size", step_size)
+        self.target = check_number(
+            "target", target, low=0.5, high=1.0, open_low=True, open_high=True
+        )
+        self._reset()
+
+    def _reset(self) -> None:
         self.steps = 0
         self._data, self._off = torch.empty(0), torch.empty(0)
+        self._saturation: float | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -75,12 +76,23 @@ class Descent(Negatives):
         return self.start.kinds
 
     def begin(self, context: Context, batch: TrainingBatch) -> None:
-        """Prepare where the walks start."""
+        """Prepare where the walks start, and go back to no step."""
+        self._reset()
         self.start.begin(context, batch)
 
     def draw(self, context: Context, batch: TrainingBatch) -> Tensor:
         """Draw starts and walk k steps down the energy of the net as it is now."""
-        return descend(context, self.start.draw(context, batch), self.steps, self.step_size)
+        start = self.start.draw(context, batch)
+        if not self.steps:
+            self._saturation = self.start.saturation()
+            return start
+        walked = descend(context, start, self.steps, self.step_size)
+        self._saturation = on_edge(walked, start)
+        return walked
+
+    def saturation(self) -> float | None:
+        """Return the share of values that the last walks put on the edge; None without a step."""
+        return self._saturation
 
     def observe(self, energy_data: Tensor, energy_negatives: Tensor) -> None:
         """Take the energies in, and go one step on where the net is good enough."""
@@ -110,6 +122,10 @@ class Descent(Negatives):
             "target": self.target,
             "window": self.window,
         }
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as they were given."""
+        return {**self.settings(), "start": self.start.identity()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curriculum and what the starts remember."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import check_number
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.negatives.base import Negatives
 
@@ -35,14 +36,14 @@ class Mixed(Negatives):
     name = "mixed"
 
     def __init__(self, parts: Sequence[tuple[Negatives, float]]) -> None:
-        parts = tuple(parts)
-        if not parts or not all(isinstance(part, Negatives) and share > 0 for part, share in parts):
+        pairs = tuple(parts) if isinstance(parts, Iterable) else ()
+        if not pairs or not all(map(_is_pair, pairs)):
             raise InvalidInputError(
                 f"got parts {parts!r}; needed (negatives, share) pairs with shares > 0"
             )
-        total = sum(share for _, share in parts)
-        self.parts = tuple(part for part, _ in parts)
-        self.shares = tuple(float(share / total) for _, share in parts)
+        shares = [check_number("share", share, open_low=True) for _, share in pairs]
+        self.parts = tuple(part for part, _ in pairs)
+        self.shares = tuple(share / sum(shares) for share in shares)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -73,6 +74,11 @@ class Mixed(Negatives):
             if last > first:
                 part.observe(energy_data, energy_negatives[first:last])
 
+    def saturation(self) -> float | None:
+        """Return the largest share among the parts that were moved."""
+        found = [part.saturation() for part in self.parts]
+        return max((share for share in found if share is not None), default=None)
+
     def rolled_back(self, context: Context) -> None:
         """Let all parts start afresh."""
         for part in self.parts:
@@ -86,6 +92,14 @@ class Mixed(Negatives):
         ]
         return {"negatives": self.name, "parts": parts}
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as they were given."""
+        parts = [
+            {"share": share, **part.identity()}
+            for part, share in zip(self.parts, self.shares, strict=True)
+        ]
+        return {"negatives": self.name, "parts": parts}
+
     def state_dict(self) -> dict[str, Any]:
         """Return what the parts remember."""
         return {"parts": [part.state_dict() for part in self.parts]}
@@ -94,3 +108,7 @@ class Mixed(Negatives):
         """Take back what the parts remember."""
         for part, kept in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(kept)
+
+
+def _is_pair(part: Any) -> bool:
+    return isinstance(part, Sequence) and len(part) == 2 and isinstance(part[0], Negatives)

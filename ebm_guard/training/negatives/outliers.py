@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import check_whole
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.negatives.base import Negatives
 
@@ -49,12 +50,10 @@ class Outliers(Negatives):
     name = "outliers"
 
     def __init__(self, pixels: Tensor | PixelRows, per_image: int = 1) -> None:
-        if per_image < 1:
-            raise InvalidInputError(f"got per_image={per_image}; needed at least 1")
+        self.per_image = check_whole("per_image", per_image, 1)
         self._source = _checked(pixels)
         if not len(self._source):
             raise InvalidInputError("got no outliers; needed at least one image")
-        self.per_image = int(per_image)
 
     def __len__(self) -> int:
         """Return the number of images to draw from."""

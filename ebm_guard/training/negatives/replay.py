@@ -61,7 +61,7 @@ class Replay(ChainNegatives):
     ) -> None:
         super().__init__(sampler, conditional)
         # Settings are refused now, not when the run has begun.
-        ReplayBuffer((1, 1, 1), capacity=capacity or 1, reinit_prob=reinit_prob, dtype=dtype)
+        ReplayBuffer((1, 1, 1), capacity=capacity, reinit_prob=reinit_prob, dtype=dtype)
         self._kind = check_start_name(start)
         self._capacity, self._reinit_prob, self._dtype = capacity, float(reinit_prob), dtype
         self.buffer: ReplayBuffer | None = None
@@ -110,11 +110,14 @@ class Replay(ChainNegatives):
             "dtype": self._dtype,
         }
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as they were given: a capacity only where it was."""
+        return {**self.settings(), "capacity": self._capacity}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the buffer with its start."""
         return {} if self.buffer is None else {"buffer": self.buffer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the buffer."""
-        if state:
-            self.buffer = ReplayBuffer.from_state(state["buffer"])
+        self.buffer = ReplayBuffer.from_state(state["buffer"]) if state else None

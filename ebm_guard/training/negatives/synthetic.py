@@ -12,6 +12,7 @@ from torch import Tensor
 from ebm_guard.data.outliers import TRAINING_KINDS, get_kind
 from ebm_guard.data.outliers.kinds import Partners
 from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import check_whole
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.negatives.base import Negatives
 
@@ -39,13 +40,11 @@ class Synthetic(Negatives):
     name = "synthetic"
 
     def __init__(self, kinds: Sequence[str] = TRAINING_KINDS, per_image: int = 1) -> None:
-        kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-        if not kinds or per_image < 1:
-            raise InvalidInputError(
-                f"got kinds {kinds} and per_image={per_image}; needed at least one of each"
-            )
-        self._kinds = tuple(get_kind(kind) for kind in kinds)
-        self.per_image = int(per_image)
+        named = (kinds,) if isinstance(kinds, str) else kinds
+        if not isinstance(named, Sequence) or not named:
+            raise InvalidInputError(f"got kinds={kinds!r}; needed the names of at least one kind")
+        self._kinds = tuple(get_kind(str(kind)) for kind in named)
+        self.per_image = check_whole("per_image", per_image, 1)
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ebm_guard import energy as formulas
 from ebm_guard.attacks.geometry import Ball, ball_of, per_image
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import check_choice, check_number, check_whole
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.objectives.base import LossTerms, Objective
-from ebm_guard.training.objectives.terms import UNLABELLED, check_number, class_loss, item
+from ebm_guard.training.objectives.terms import UNLABELLED, class_loss, item
 
 
 class Attack:
@@ -43,10 +43,9 @@ class Attack:
     ) -> None:
         self.epsilon = check_number("epsilon", epsilon, open_low=True)
         self.share = check_number("share", share, high=1.0, open_low=True)
-        if num_steps < 1:
-            raise InvalidInputError(f"got num_steps={num_steps}; needed at least 1")
-        self.num_steps, self.norm = int(num_steps), norm
-        self._ball: Ball = ball_of(norm)
+        self.num_steps = check_whole("num_steps", num_steps, 1)
+        self.norm = check_choice("norm", norm, ("linf", "l2"))
+        self._ball: Ball = ball_of(self.norm)
 
     def count(self, n: int) -> int:
         """Return how many of n rows are attacked: the first ones, at least one."""

@@ -21,7 +21,8 @@ class LossTerms:
         parts: the weighted terms that ``total`` is the sum of, detached.
         energy_data: (B,) energies of the data, detached, or None.
         energy_negatives: (M,) energies of the negatives, detached, or None.
-        saturation: share of the negatives' values that lie on the edge of [0, 1], or None.
+        saturation: share of the negatives' values that a sampler or a walk left on the edge of
+            [0, 1]; None for negatives that nothing has moved.
     """
 
     total: Tensor
@@ -77,6 +78,15 @@ class Objective(ABC):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the settings, measured margins included, as JSON types."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as they were given, as JSON types.
+
+        A checkpoint belongs to one identity: an interrupted run may go on with it. So nothing that
+        is measured or made in :meth:`begin` is in it; an objective whose :meth:`settings` hold
+        such figures leaves them out here.
+        """
+        return self.settings()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is remembered: tensors, numbers, text, lists and dicts of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,18 +11,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebm_guard import energy as formulas
+from ebm_guard.sampling.checks import check_number
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.negatives import Negatives, make_negatives
 from ebm_guard.training.negatives.descent import Descent
 from ebm_guard.training.objectives.adversarial import Attack, share_of_loss
 from ebm_guard.training.objectives.base import LossTerms, Objective
-from ebm_guard.training.objectives.terms import (
-    check_number,
-    class_loss,
-    item,
-    saturation,
-    warmed_up,
-)
+from ebm_guard.training.objectives.terms import class_loss, item, warmed_up
 
 
 class Dat(Objective):
@@ -81,7 +77,7 @@ class Dat(Objective):
         self.weight = check_number("weight", weight)
         self.scale = check_number("scale", scale, open_low=True)
         self.warm_up = check_number("warm_up", warm_up, high=1.0)
-        self.centre = float(centre)
+        self.centre = check_number("centre", centre, low=-math.inf)
         source = make_negatives(negatives)
         ready = isinstance(source, Descent)
         self.negatives = source if ready else Descent(source, max_steps=max_steps)
@@ -124,7 +120,7 @@ class Dat(Objective):
         energies = data.detach(), off.detach()
         self.negatives.observe(*energies)
         total: Tensor = terms["class"] + terms["data"] + terms["negatives"]
-        return LossTerms(total, parts, *energies, saturation=saturation(negatives))
+        return LossTerms(total, parts, *energies, saturation=self.negatives.saturation())
 
     def rolled_back(self, context: Context) -> None:
         """Go one step back in the curriculum."""
@@ -141,6 +137,10 @@ class Dat(Objective):
             "attack": None if self.attack is None else self.attack.settings(),
             "negatives": self.negatives.settings(),
         }
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as they were given."""
+        return {**self.settings(), "negatives": self.negatives.identity()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curriculum."""

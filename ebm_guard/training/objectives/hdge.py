@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ebm_guard import energy as formulas
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import check_choice, check_number, check_whole
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.objectives.base import LossTerms, Objective
 from ebm_guard.training.objectives.terms import (
     UNLABELLED,
-    check_number,
     class_loss,
     item,
     warmed_up,
@@ -68,15 +67,16 @@ class Hdge(Objective):
         queue: int = 2048,
         warm_up: float = 0.1,
     ) -> None:
-        if form not in TEMPERATURES:
-            raise InvalidInputError(f"got form={form!r}; known are raw and normalised")
-        if queue < 0:
-            raise InvalidInputError(f"got queue={queue}; needed a whole number >= 0")
+        self.form = check_choice("form", form, tuple(TEMPERATURES))
+        self.queue = check_whole("queue", queue)
         chosen = TEMPERATURES[form] if temperature is None else temperature
         self.weight = check_number("weight", weight)
         self.temperature = check_number("temperature", chosen, open_low=True)
         self.warm_up = check_number("warm_up", warm_up, high=1.0)
-        self.form, self.queue = form, int(queue)
+        self._kept = torch.empty(0, 0)
+
+    def begin(self, context: Context, batch: TrainingBatch) -> None:
+        """Forget the logits of an earlier run."""
         self._kept = torch.empty(0, 0)
 
     def loss(self, context: Context, batch: TrainingBatch) -> LossTerms:

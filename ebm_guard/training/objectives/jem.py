@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from ebm_guard import energy as formulas
-from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.errors import InvalidInputError
 from ebm_guard.sampling import SGLD, Sampler
+from ebm_guard.sampling.checks import check_choice, check_number
 from ebm_guard.training.context import Context, TrainingBatch
+from ebm_guard.training.negatives.base import on_edge
 from ebm_guard.training.negatives.chains import ChainNegatives, DataChains, Drawn, NoiseChains
 from ebm_guard.training.negatives.replay import Replay
 from ebm_guard.training.objectives.base import LossTerms, Objective
 from ebm_guard.training.objectives.terms import (
     UNLABELLED,
-    check_number,
     class_loss,
     item,
-    saturation,
     warmed_up,
 )
 
@@ -133,13 +133,12 @@ class Jem(Objective):
         terms["penalty"] = ramp * self.alpha * torch.stack([part.mean() for part in away]).sum()
         total: Tensor = sum(terms.values(), start=logits["data"].new_zeros(()))
         off = next((part for name, part in energies.items() if name != "data"), None)
-        pixels = next((part.pixels for part in drawn.values()), None)
         return LossTerms(
             total,
             {name: item(term) for name, term in terms.items()},
             energies["data"].detach(),
             None if off is None else off.detach(),
-            saturation=None if pixels is None else saturation(pixels),
+            saturation=max((on_edge(part.pixels) for part in drawn.values()), default=None),
         )
 
     def _all(self) -> dict[str, ChainNegatives]:
@@ -164,6 +163,11 @@ class Jem(Objective):
             "chains": None if some is None else some.settings(),
         }
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as they were given."""
+        some = self.chains or self.joint_chains
+        return {**self.settings(), "chains": None if some is None else some.identity()}
+
     def state_dict(self) -> dict[str, Any]:
         """Return chains and starts."""
         return {name: chains.state_dict() for name, chains in self._all().items()}
@@ -175,11 +179,7 @@ class Jem(Objective):
 
 
 def _kind(chains: str) -> type[ChainNegatives]:
-    if chains not in CHAINS:
-        raise InvalidInputError(
-            f"got chains={chains!r}; known are {', '.join(CHAINS)}{suggest(str(chains), CHAINS)}"
-        )
-    return CHAINS[chains]
+    return CHAINS[check_choice("chains", chains, tuple(CHAINS))]
 
 
 def _joint_gap(logits: Tensor, labels: Tensor, off_logits: Tensor, drawn: Drawn) -> Tensor:

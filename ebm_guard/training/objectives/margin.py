@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,16 +10,11 @@ from torch import Tensor
 
 from ebm_guard import energy as formulas
 from ebm_guard.errors import InvalidInputError
+from ebm_guard.sampling.checks import check_number
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.negatives import Negatives, make_negatives
 from ebm_guard.training.objectives.base import LossTerms, Objective
-from ebm_guard.training.objectives.terms import (
-    check_number,
-    class_loss,
-    item,
-    saturation,
-    warmed_up,
-)
+from ebm_guard.training.objectives.terms import class_loss, item, warmed_up
 
 
 class Margin(Objective):
@@ -71,14 +67,14 @@ class Margin(Objective):
     ) -> None:
         self.weight = check_number("weight", weight)
         self.warm_up = check_number("warm_up", warm_up, high=1.0)
-        self.inside, self.outside = float(inside), float(outside)
+        self.inside = check_number("inside", inside, low=-math.inf)
+        self.outside = check_number("outside", outside, low=-math.inf)
         if m_in is None and m_out is None and not self.inside < self.outside:
             raise InvalidInputError(
                 f"got inside={inside} and outside={outside}; data belong below the negatives: "
                 "inside must be less than outside"
             )
-        self._given = (m_in, m_out)
-        self.m_in, self.m_out = m_in, m_out
+        self._given = self.m_in, self.m_out = _energy("m_in", m_in), _energy("m_out", m_out)
         self.negatives = make_negatives(negatives)
 
     @property
@@ -124,7 +120,7 @@ class Margin(Objective):
             terms["class"] + terms["data"] + terms["negatives"],
             {name: item(term) for name, term in terms.items()},
             *energies,
-            saturation=saturation(negatives),
+            saturation=self.negatives.saturation(),
         )
 
     def rolled_back(self, context: Context) -> None:
@@ -144,6 +140,12 @@ class Margin(Objective):
             "negatives": self.negatives.settings(),
         }
 
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as they were given: margins only where they were."""
+        m_in, m_out = self._given
+        given = {"m_in": m_in, "m_out": m_out, "negatives": self.negatives.identity()}
+        return {**self.settings(), **given}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the margins and what the negatives remember."""
         return {"m_in": self.m_in, "m_out": self.m_out, "negatives": self.negatives.state_dict()}
@@ -152,6 +154,10 @@ class Margin(Objective):
         """Take back margins and negatives."""
         self.m_in, self.m_out = state["m_in"], state["m_out"]
         self.negatives.load_state_dict(state["negatives"])
+
+
+def _energy(name: str, value: float | None) -> float | None:
+    return None if value is None else check_number(name, value, low=-math.inf)
 
 
 def hinge(excess: Tensor) -> Tensor:

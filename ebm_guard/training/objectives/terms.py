@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from torch import Tensor
 from torch.nn import functional as F
 
-from ebm_guard.errors import InvalidInputError
 from ebm_guard.training.context import Context
 
 # Label of an image whose class is not known.
@@ -38,37 +34,6 @@ def warmed_up(context: Context, share: float) -> float:
     The first update counts already: its factor is 1 / (share * updates), never 0.
     """
     return min(1.0, (context.update + 1) / max(1.0, share * context.updates))
-
-
-def saturation(pixels: Tensor) -> float:
-    """Return the share of values on the edge of [0, 1].
-
-    Example:
-        >>> import torch
-        >>> saturation(torch.tensor([[0.0, 0.5, 1.0, 0.25]]))
-        0.5
-    """
-    return float(((pixels <= 0) | (pixels >= 1)).float().mean())
-
-
-def check_number(
-    name: str, value: Any, *, low: float = 0.0, high: float = math.inf, open_low: bool = False
-) -> float:
-    """Return a setting as a float.
-
-    Raises:
-        InvalidInputError: not a finite number, or outside of [low, high].
-
-    Example:
-        >>> check_number("weight", 1)
-        1.0
-    """
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not known or not low <= value <= high or (open_low and value == low):
-        least = f"> {low:g}" if open_low else f">= {low:g}"
-        most = "" if high == math.inf else f" and <= {high:g}"
-        raise InvalidInputError(f"got {name}={value!r}; needed a number {least}{most}")
-    return float(value)
 
 
 def item(value: Tensor) -> float:
