@@ -1,5 +1,6 @@
 """The acceptance test: its bounds against oracles, its level by simulation, bad nets refused."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -323,15 +324,22 @@ def test_choosing_a_state_uses_the_common_temperature_too():
     assert again == after
 
 
-def test_harm_is_not_found_in_a_temperature_that_is_missing():
-    start, found = sure(n=400), sure(n=400, wrong=1)
-    assert (start.fit.status, found.fit.status) == ("separable", "converged")
-    options = FineTuneOptions(max_nll_rise=0.002, max_acc_drop=0.05)
-    assert harm(start, found, options) is None
-    # Each at its own T = 1 or not, one wrong row would look like a rise on all rows.
-    rise = found.nll(found.fit.temperature) - start.nll(1.0)
+def test_a_net_that_became_right_everywhere_is_no_harm_for_want_of_a_temperature():
+    start, found = (
+        replace(look, logits=look.logits / 10) for look in (sure(n=400, wrong=1), sure(n=400))
+    )
+    assert (start.fit.status, found.fit.status) == ("converged", "separable")
+    options = FineTuneOptions(max_nll_rise=0.02, max_acc_drop=0.05)
+    # Each at its own T, or at 1: the better net would look far worse on every row.
+    rise = found.nll(1.0) - start.nll(start.fit.temperature)
     low = rise.mean() - 1.65 * rise.std(ddof=1) / np.sqrt(len(rise))
     assert low > 3 * options.max_nll_rise
+    assert not within_limits(Evaluation.of(start), Evaluation.of(found), options)
+    assert harm(start, found, options) is None
+    pair = Temperatures.of(start.fit, found.fit)
+    assert within_limits(
+        Evaluation.of(start, pair.start), Evaluation.of(found, pair.candidate), options
+    )
 
 
 def test_the_end_of_a_run_pairs_the_temperatures():

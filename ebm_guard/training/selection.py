@@ -145,10 +145,6 @@ class Look:
         """T fitted on these rows; the status says whether one was found."""
         return best_temperature(rows_of(self.logits, self.labels))
 
-    def temperature(self) -> float:
-        """Fit T on these rows; 1 where none can be found."""
-        return self.fit.temperature
-
     def nll(self, temperature: float) -> Array:
         """Return -log p(y|x) after temperature, (N,)."""
         return row_statistics(self.logits, self.labels, temperature).nll
