@@ -85,6 +85,19 @@ def test_the_verdict_follows_the_outcome_and_names_losses():
     assert returned["comparison"]["n"] == N, "a refused candidate is compared too"
 
 
+def test_the_verdict_speaks_of_unseen_sets_or_says_that_there_are_none():
+    assert "Energy AUROC on street, never seen:" in of_kind("accepted")["verdict"]["sentence"]
+    more = sides()
+    more.ood["street_2"] = ("unseen", pair(21, labels=False))
+    assert "Mean energy AUROC, never seen:" in report(both=more)["verdict"]["sentence"]
+    none = sides()
+    del none.ood["street"], none.ood["given"]
+    verdict = report(both=none)["verdict"]
+    assert verdict["status"] == "attention"
+    assert verdict["headline"] == "Accepted, on unknown images of known kinds alone"
+    assert "--ood" in verdict["sentence"]
+
+
 def test_what_was_trained_on_proves_nothing():
     found = of_kind("accepted")
     assert found["ood"]["synthetic_blend"]["auroc"]["better"] is False

@@ -243,20 +243,34 @@ def _verdict(
     gains = losses(comparison, ood, robustness, better=True)
     if outcome.status != ACCEPTED:
         return Verdict(ATTENTION, "Start returned: your model stays as it was", outcome.reason)
+    unseen = {name: found for name, found in ood.items() if found.role in MEANS[NEVER_SEEN]}
     headline = "Accepted: the fine-tuned net may replace yours"
+    if not unseen:
+        headline = "Accepted, on unknown images of known kinds alone"
     if worse:
         headline = f"Accepted, with {len(worse)} figure{'s' if len(worse) > 1 else ''} worse"
     said = [outcome.reason]
     if isinstance(comparison, RowComparison):
         accuracy = comparison.before["accuracy"]
         said.append(f"Accuracy {_arrow(accuracy, percent=True)} on {comparison.n:,} images.")
-    shown = [item for item in means.items() if item[0] != TRAINED_ON]
-    for name, mean in shown[:1]:
-        said.append(f"Mean energy AUROC, {name}: {_arrow(mean)}.")
+    said.append(_on_unseen(unseen, means))
     if gains:
         said.append(f"Better: {', '.join(gains)}.")
     said.append(f"Worse: {', '.join(worse)}." if worse else "No figure is clearly worse.")
-    return Verdict(ATTENTION if worse else GOOD, headline, " ".join(said))
+    return Verdict(ATTENTION if worse or not unseen else GOOD, headline, " ".join(said))
+
+
+def _on_unseen(unseen: Mapping[str, ComparedSet], means: Mapping[str, Compared]) -> str:
+    """Say what the energy is worth on sets that nothing was chosen on."""
+    if not unseen:
+        return (
+            "No unknown images were looked at that nothing was chosen on: add --ood NAME=SPEC to "
+            "learn whether the gain carries over."
+        )
+    if len(unseen) == 1:
+        ((name, found),) = unseen.items()
+        return f"Energy AUROC on {name}, {NEVER_SEEN}: {_arrow(found.auroc)}."
+    return f"Mean energy AUROC, {NEVER_SEEN}: {_arrow(means[NEVER_SEEN])}."
 
 
 def losses(
