@@ -721,6 +721,7 @@ def test_outputs_for_ci(tmp_path, quick):
     assert ET.parse(junit).getroot().get("failures") == "0"
 
 
+@pytest.mark.slow
 def test_junit_passes_what_allow_unclear_lets_pass(tmp_path, quick):
     base = ["report", "--data", "demo:", "-q", "-o", tmp_path / "out"]
     invoke(*base)

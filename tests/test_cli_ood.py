@@ -15,6 +15,7 @@ def synthetic(tmp_path_factory):
     return report_of(folder)
 
 
+@pytest.mark.slow
 def test_without_ood_sets_some_are_made_from_the_images(synthetic):
     assert {part["role"] for part in synthetic["ood"].values()} == {"synthetic"}
     assert len(synthetic["ood"]) == 5

@@ -160,6 +160,7 @@ def test_rows_survive_the_file(tmp_path):
         ReportRows.read(tmp_path / "rows.npz")
 
 
+@pytest.mark.slow
 def test_an_unchanged_model_shows_a_change_of_exactly_zero(tmp_path):
     """The file keeps seven digits of a row: the rows of now are rounded alike."""
     one = sets(1.3)

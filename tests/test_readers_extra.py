@@ -263,6 +263,7 @@ def test_wds_says_what_is_left_out(webdataset, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_streams_on_the_command_line(webdataset, tmp_path, capsys):
     root = tmp_path / "set"
     root.mkdir()

@@ -83,6 +83,7 @@ def test_resnet20_float32_confidence_ties_cost_area(resnet20):
     assert tied.fpr95.value == pytest.approx(0.685, abs=DIGITS3)
 
 
+@pytest.mark.slow
 def test_float32_confidence_ties_where_log_odds_do_not(resnet20):
     logits = torch.from_numpy(np.array(resnet20("test").logits))
     tied = (torch.softmax(logits, 1).amax(1) == 1).double().mean()
@@ -91,6 +92,7 @@ def test_float32_confidence_ties_where_log_odds_do_not(resnet20):
     assert len(np.unique(odds)) > 0.99 * len(odds)
 
 
+@pytest.mark.slow
 def test_resnet20_temperature(resnet20):
     part = resnet20("test")
     first, rest = part.select(slice(5000)), part.select(slice(5000, None))
@@ -132,6 +134,7 @@ def test_resnet20_report_shows_the_same_figures(resnet20):
     assert energy["fpr95"]["value"] == pytest.approx(0.507, abs=DIGITS3)
 
 
+@pytest.mark.slow
 def test_resnet20_gate_keeps_its_promise_on_fresh_rows(resnet20):
     """The PAC cut of 1,000 rows, 300 times: the share of broken promises is at most 5 %."""
     from scipy.stats import binomtest

@@ -432,6 +432,7 @@ def test_a_folder_that_cannot_be_written_is_a_data_error(report, tmp_path, monke
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_every_file_that_is_written_is_known_as_ours(report, tmp_path):
     statistics = row_statistics(np.eye(2), np.array([0, 1]))
     one = SetRows(np.zeros(2, np.uint64), None)
