@@ -33,7 +33,8 @@ REST = """
 ## Fine-tuning
 
 Scripts, results with seeds and environment, and a page for each: [fashion_mnist](finetune/fashion_mnist/README.md)
-(every objective, three seeds), [cifar10_resnet20](finetune/cifar10_resnet20/README.md),
+(every objective, three seeds), [cifar10_resnet20](finetune/cifar10_resnet20/README.md) and the same with
+[400 updates](finetune/cifar10_resnet20_400/README.md) (`--updates 400 --output ...`),
 [mnist0to7_densenet](finetune/mnist0to7_densenet/README.md) (against a published fine-tuned net).
 
 Other folders: [demo_classifier](demo_classifier/README.md) (the embedded demo's network, by seed),

@@ -1,6 +1,6 @@
 """Fine-tune the published CIFAR-10 ResNet-20 and compare with a cross-entropy control.
 
-    python reports/finetune/cifar10_resnet20.py --data DIR [--updates 400] [--arms margin dat]
+    python reports/finetune/cifar10_resnet20.py --data DIR [--updates 200] [--arms margin dat]
 
 Training: cifar10_train10k, a part of what that network was trained on. Validation (selection,
 acceptance, guard): the first 5,000 test images. Figures: the other 5,000, and CIFAR-100 and
@@ -136,7 +136,7 @@ Differences to the cross-entropy control, in points, with paired 95 % intervals:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--output", type=Path, default=HERE)
