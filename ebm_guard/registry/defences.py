@@ -9,8 +9,8 @@ METHODS = (
         "purification",
         "defence",
         "ebm_guard.robustness.purify:Purifier",
-        "Grathwohl et al., Your Classifier is Secretly an Energy Based Model, ICLR 2020, section "
-        "5.3; Hill et al., Stochastic Security, ICLR 2021",
+        "Grathwohl et al., Your Classifier is Secretly an Energy Based Model, ICLR 2020, on "
+        "robustness; Hill et al., Stochastic Security, ICLR 2021",
         "x <- x - clip(a dE/dx) + n xi, k times; then softmax f(x)",
         ("images", "logits", "gradient"),
         "kept in [0, 1] and, on request, near the image; judged by the worst of three gradients "

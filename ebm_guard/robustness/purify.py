@@ -53,8 +53,8 @@ class Purification:
         InvalidInputError: a number out of its range.
 
     References:
-        Grathwohl et al., Your Classifier is Secretly an Energy Based Model, ICLR 2020, section
-        5.3; Hill et al., Stochastic Security, ICLR 2021, which runs far longer chains.
+        Grathwohl et al., Your Classifier is Secretly an Energy Based Model, ICLR 2020, on
+        robustness; Hill et al., Stochastic Security, ICLR 2021, which runs far longer chains.
 
     Example:
         >>> Purification(num_steps=0).random

@@ -54,7 +54,7 @@ class Temperatures:
         common = found[0] if found else 1.0
         causes = {f"for the {name}, ": _WHY[fit.status] for name, fit in failed.items()}
         if len(failed) == len(fits) and len(set(causes.values())) == 1:
-            causes = {"of both, ": causes.popitem()[1]}
+            causes = {"for both, ": causes.popitem()[1]}
         why = "; ".join(name + cause for name, cause in causes.items())
         how = f"the other's, T = {common:.3g}" if found else "T = 1"
         return cls(
