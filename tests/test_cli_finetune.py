@@ -232,10 +232,17 @@ def test_every_choice_reaches_the_run(tmp_path, monkeypatch):
         "max_acc_drop": 0.03, "max_nll_rise": 0.04, "max_ece_rise": 0.06, "outlier_share": 0.7,
         "selection_rows": 77, "outlier_rows": 33, "warm_up": 0.3, "gradient_clip": 1.5, "ema": 0.5,
         "attempts": 1, "precision": "float32", "epochs": 0.5,
+        "labelled_share": 0.3,
     }  # fmt: skip
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     demo = ["--train-data", "demo:", "--val-data", "demo:", "-o", str(tmp_path / "out")]
-    assert run(["finetune", *demo, *flags]) == 2
+    terms = ["--class-loss", "hinge,m=2", "--regulariser", "dsm,weight=0.02,sigma=0.2"]
+    assert run(["finetune", *demo, *flags, *terms, "--unlabelled", "demo:"]) == 2
+    assert seen["class_loss"].settings() == {"class_loss": "hinge", "m": 2.0}
+    assert [each.settings() for each in seen["regularisers"]] == [
+        {"regulariser": "dsm", "weight": 0.02, "warm_up": 0.1, "sigma": 0.2}
+    ]
+    assert len(seen["unlabelled"]) == len(load_demo("train").images)
     given["learning_rate"] = given.pop("lr")
     assert {name: seen[name] for name in given} == given
     assert set(PASSED) <= set(inspect.signature(finetune).parameters)

@@ -28,6 +28,10 @@ checkpoint, rank = folder / "checkpoint", os.environ.get("RANK", "0")
 settings = {"learning_rate": 1e-4}
 if objective == "margin":
     settings |= {"outliers": load_demo("far_ood").images, "outlier_share": 1.0}
+if objective == "regularised":
+    objective = "margin"
+    far = load_demo("far_ood").images
+    settings |= {"regularisers": ["dsm", "entropy"], "unlabelled": far, "labelled_share": 0.75}
 
 
 def press(line):
@@ -104,6 +108,16 @@ def test_two_processes_equal_one_for_margin_with_given_outliers(tmp_path):
         # Sums in another order.
         assert float((value - second[name]).abs().max()) < 1e-2 * moved, name
         assert second[name].equal(third[name])
+
+
+@pytest.mark.slow
+def test_a_double_backward_pass_and_unlabelled_images_keep_two_processes_equal(tmp_path):
+    run(tmp_path, 2, "regularised")
+    first, second = candidate(tmp_path, 0), candidate(tmp_path, 1)
+    start = demo_classifier().state_dict()
+    for name, value in first.items():
+        assert value.equal(second[name])
+        assert not value.equal(start[name]), name
 
 
 @pytest.mark.slow

@@ -129,11 +129,11 @@ def test_decoded_sets_are_compared_by_a_part():
     assert Counting.looked <= 2 * 5000 + 2
 
 
-def test_unlabelled_images_among_the_labelled_ones_are_refused():
-    images, labels = demo_sets()[0]
+def test_unlabelled_images_among_the_validation_rows_are_refused():
+    images, labels = demo_sets()[1]
     labels = labels.copy()
     labels[3] = -1
-    refused(DataError, "1 of .* labels are -1.*semi-supervised", train=(images, labels))
+    refused(DataError, "1 of .* labels are -1.*Only training", validation=(images, labels))
 
 
 # Models

@@ -18,10 +18,11 @@ from training_cases import (
 )
 
 from ebm_guard.errors import InvalidInputError
+from ebm_guard.training.class_losses import make_class_loss
 from ebm_guard.training.negatives import Descent, Outliers, Synthetic
 from ebm_guard.training.objectives import LossTerms, make_objective
 from ebm_guard.training.objectives.hdge import contrastive
-from ebm_guard.training.objectives.terms import class_loss, warmed_up
+from ebm_guard.training.objectives.terms import warmed_up
 
 # --- Terms ----------------------------------------------------------------------------------------
 
@@ -36,7 +37,9 @@ def test_class_loss_is_the_mean_over_the_labelled_rows(labels, seed):
         if label >= 0
     ]
     expected = sum(naive) / len(naive) if naive else 0.0
-    assert float(class_loss(logits, torch.tensor(labels))) == pytest.approx(expected, abs=1e-12)
+    assert float(make_class_loss()(logits, torch.tensor(labels))) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_warm_up_rises_to_one_and_never_starts_at_zero():

@@ -35,6 +35,11 @@ ATTACKS = ("none", "quick", "standard")
     help="Labelled images for the before/after report alone; default: the acceptance rows of "
     "--val-data.",
 )
+@click.option(
+    "--unlabelled",
+    metavar="SPEC",
+    help="More images of the same classes to train on; labels, if any, are not looked at.",
+)
 @click.option("--outliers", metavar="SPEC", help="Unknown images to train on.")
 @click.option(
     "--ood-validation",

@@ -18,13 +18,16 @@ class TrainingChoices:
 
     objective: str
     objective_setting: tuple[str, ...]
+    class_loss: str
+    regulariser: tuple[str, ...]
+    labelled_share: float
     updates: int | None
     epochs: float | None
     learning_rate: float | None
     train_batch_size: int
     optimizer: str
     weight_decay: float
-    scope: str
+    scope: str | None
     augment: str
     evaluate_every: int | None
     max_acc_drop: float
@@ -44,6 +47,7 @@ class TrainingChoices:
 # Choices that `ebm_guard.finetune` takes under the same name.
 PASSED = (
     "epochs",
+    "labelled_share",
     "learning_rate",
     "optimizer",
     "weight_decay",
@@ -78,6 +82,28 @@ _TRAINING_OPTIONS = (
         multiple=True,
         metavar="NAME=VALUE",
         help="Of the objective, such as weight=0.5. Repeatable.",
+    ),
+    click.option(
+        "--class-loss",
+        default="nll",
+        show_default=True,
+        metavar="NAME[,SETTING=VALUE...]",
+        help=f"Class term of every objective, such as hinge,m=2: "
+        f"{', '.join(row.name for row in methods('class_loss'))}.",
+    ),
+    click.option(
+        "--regulariser",
+        multiple=True,
+        metavar="NAME[,SETTING=VALUE...]",
+        help="Added to the objective, such as dsm,weight=0.01: "
+        f"{', '.join(row.name for row in methods('regulariser'))}. Repeatable.",
+    ),
+    click.option(
+        "--labelled-share",
+        type=click.FloatRange(min=0, max=1, min_open=True),
+        default=0.5,
+        show_default=True,
+        help="Of every batch, where some training images have no label.",
     ),
     click.option(
         "--updates", type=click.IntRange(min=1), help="Steps of the optimiser; default: 200."
@@ -115,14 +141,16 @@ _TRAINING_OPTIONS = (
         help="Of matrices and kernels.",
     ),
     click.option(
-        "--scope", default="all", show_default=True, metavar="SCOPE", help=f"What moves: {SCOPES}."
+        "--scope",
+        metavar="SCOPE",
+        help=f"What moves: {SCOPES}; default: the objective's, mostly all.",
     ),
     click.option(
         "--augment",
         default="none",
         show_default=True,
         metavar="none|flip_crop|FILE.py:CALL",
-        help="Of the cross-entropy stream alone.",
+        help="Of the images of the class loss alone.",
     ),
     click.option(
         "--evaluate-every",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Names of the sets of a run.
 TRAIN, VALIDATION, OUTLIERS, OOD_VALIDATION = "train", "validation", "outliers", "ood_validation"
+UNLABELLED = "unlabelled"
 _SYNTHETIC_ROWS = 500
 _NO_GATE = "both nets are compared without a gate"
 

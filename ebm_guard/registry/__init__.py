@@ -11,6 +11,7 @@ from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.registry import (
     attacks,
     calibration,
+    class_losses,
     corruptions,
     defences,
     gate,
@@ -41,6 +42,8 @@ FAMILIES = (
     "sampler",
     "objective",
     "negatives",
+    "class_loss",
+    "regulariser",
 )
 
 _METHODS = tuple(
@@ -55,6 +58,7 @@ _METHODS = tuple(
             *defences.METHODS,
             *sampling.METHODS,
             *training.METHODS,
+            *class_losses.METHODS,
         ),
         key=lambda method: FAMILIES.index(method.family),
     )

@@ -6,6 +6,7 @@ from ebm_guard.registry.method import Method
 
 _OBJECTIVES = "ebm_guard.training.objectives"
 _NEGATIVES = "ebm_guard.training.negatives"
+_REGULARISERS = "ebm_guard.training.regularisers"
 _JEM = "Grathwohl et al., Your Classifier is Secretly an Energy Based Model, ICLR 2020"
 
 METHODS = (
@@ -118,11 +119,37 @@ METHODS = (
         ("images", "gradient"),
     ),
     Method(
+        "denoising",
+        "negatives",
+        f"{_NEGATIVES}.denoising:Denoising",
+        "Vincent et al., Denoising Autoencoders, ICML 2008 and JMLR 2010",
+        "corrupted images of the batch: Gaussian noise, masked or black and white pixels",
+        ("images",),
+        "their energy is raised; nothing is reconstructed",
+    ),
+    Method(
         "mixed",
         "negatives",
         f"{_NEGATIVES}.mixed:Mixed",
         "-",
         "several sources, each with its share",
         ("negatives",),
+    ),
+    Method(
+        "dsm",
+        "regulariser",
+        f"{_REGULARISERS}.score_matching:DenoisingScoreMatching",
+        "Vincent, A Connection Between Score Matching and Denoising Autoencoders, 2011",
+        "sigma^2/(2D) mean |dE/dx(x~) - (x~ - x)/sigma^2|^2, x~ = x + sigma xi",
+        ("images", "gradient"),
+        "the score is that of the classifier's own energy; 1/2 for a flat energy of any size",
+    ),
+    Method(
+        "entropy",
+        "regulariser",
+        f"{_REGULARISERS}.entropy:Entropy",
+        "Grandvalet and Bengio, Semi-supervised Learning by Entropy Minimization, NIPS 2004",
+        "mean over unlabelled images of H(p(y|x))",
+        ("unlabelled images",),
     ),
 )

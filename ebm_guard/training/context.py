@@ -19,6 +19,7 @@ from ebm_guard import energy as formulas
 from ebm_guard.errors import InvalidInputError
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.isolation import Forward, pixel_forward
+from ebm_guard.training.class_losses import ClassLoss, make_class_loss
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class TrainingBatch:
 
     Args:
         pixels: (B, C, H, W) in [0, 1], as they are: what energies are computed on.
-        labels: (B,) int64 classes.
-        augmented: (B, C, H, W) in [0, 1] for the cross-entropy stream; the very same tensor as
-            ``pixels`` where nothing is augmented.
+        labels: (B,) int64 classes; -1 for an image without label, which the class loss leaves out
+            and every term on images alone takes in.
+        augmented: (B, C, H, W) in [0, 1] for the class loss; the very same tensor as ``pixels``
+            where nothing is augmented.
         rows: (B,) int64, numbers in the training set.
     """
 
@@ -137,6 +139,10 @@ class Context:
         attempt: how often the run was rolled back.
         rank: of this process.
         world: number of processes.
+        device: of the net.
+        class_loss: from logits and labels to the mean over the labelled rows.
+        classifier: around the net that is trained, for its features and its head; None where there
+            is none.
     """
 
     net: Callable[[Tensor], Tensor]
@@ -150,6 +156,8 @@ class Context:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    class_loss: ClassLoss = field(default_factory=make_class_loss)
+    classifier: EnergyClassifier | None = None
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Compute logits (B, C) with gradients to the weights."""

@@ -12,6 +12,7 @@ from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.training.augment import Augment
 from ebm_guard.training.checkpoint import check_no_checkpoint
+from ebm_guard.training.class_losses import ClassLoss
 from ebm_guard.training.distributed import world_of
 from ebm_guard.training.finishing import finish
 from ebm_guard.training.history import Line
@@ -19,6 +20,7 @@ from ebm_guard.training.images import Images, as_training_images
 from ebm_guard.training.objectives import Objective
 from ebm_guard.training.options import FineTuneOptions
 from ebm_guard.training.preparing import make_training_objective, prepare
+from ebm_guard.training.regularisers import Regularisers
 from ebm_guard.training.result import FinetuneResult
 from ebm_guard.training.scope import frozen_random
 from ebm_guard.training.sets import Sets, check_names
@@ -33,6 +35,10 @@ def finetune(
     *,
     objective: str | Objective | Callable[..., Any] = "margin",
     objective_settings: Mapping[str, Any] | None = None,
+    class_loss: str | ClassLoss = "nll",
+    regularisers: Regularisers = (),
+    unlabelled: Images | None = None,
+    labelled_share: float = 0.5,
     updates: int = 200,
     epochs: float | None = None,
     batch_size: int = 64,
@@ -40,7 +46,7 @@ def finetune(
     optimizer: str = "adamw",
     weight_decay: float = 1e-4,
     warm_up: float = 0.05,
-    scope: str = "all",
+    scope: str | None = None,
     augment: str | Augment | None = None,
     outliers: Images | None = None,
     outlier_share: float = 0.5,
@@ -66,8 +72,9 @@ def finetune(
     A deep copy is trained, in eval mode: batch-norm statistics stay fixed and dropout is off. The
     user's model is never changed. A quarter of the validation rows chooses the best state, half
     decides whether it may take the start's place, and a quarter fits the new guard. All sets have
-    images of one shape, and no set may share images with another. Labels are needed for every
-    image: semi-supervised training is not a part of this version.
+    images of one shape, and no set may share images with another. Training images labelled -1,
+    and those of ``unlabelled``, have no label: the class loss leaves them out, and every term on
+    energies takes them in.
 
     Under ``torchrun`` each process trains on its share of every batch; call it in the same way on
     all of them.
@@ -75,10 +82,16 @@ def finetune(
     Args:
         guard: a :class:`~ebm_guard.gate.Guard`, fitted or not, a classifier, or a model.
         train: labelled images: :class:`~ebm_guard.training.TrainingImages`, (pixels, labels), or a
-            loader of the model's own inputs.
+            loader of the model's own inputs; a label of -1 means none.
         validation: labelled images that the model was not trained on.
         objective: a registered name, an objective, or a function ``(context, batch) -> loss``.
         objective_settings: of a named objective, such as ``{"weight": 0.5}``.
+        class_loss: what every objective takes for its class term: a registered name, or
+            ``make_class_loss(name, **settings)``; ``nll`` is the cross-entropy.
+        regularisers: terms added to the objective's loss: names such as ``dsm`` and ``entropy``, or
+            ``make_regulariser(name, **settings)``.
+        unlabelled: more images of the same classes, without labels.
+        labelled_share: of every batch, where some images have no label.
         updates: steps of the optimiser.
         epochs: passes over ``train``, instead of ``updates``.
         batch_size: images of an update, over all processes.
@@ -86,10 +99,11 @@ def finetune(
         optimizer: ``adamw`` or ``sgd`` (Nesterov momentum 0.9).
         weight_decay: of matrices and kernels.
         warm_up: share of the run over which the learning rate rises; then it falls as a cosine.
-        scope: ``all``, ``last_block``, ``head`` or ``regex:PATTERN``; weights that you froze stay
-            frozen in the first two; see :func:`ebm_guard.training.scope.set_scope`.
-        augment: ``flip_crop`` or a function (pixels, generator) -> pixels, for the cross-entropy
-            stream alone; default: none.
+        scope: ``all``, ``last_block``, ``head`` or ``regex:PATTERN``; default: the objective's,
+            mostly ``all``. Weights that you froze stay frozen in the first two; see
+            :func:`ebm_guard.training.scope.set_scope`.
+        augment: ``flip_crop`` or a function (pixels, generator) -> pixels, for the images of the
+            class loss alone; default: none.
         outliers: images off the data to train on.
         outlier_share: their share of the negatives, in (0, 1]; the rest are those of the objective
             (synthetic ones for ``margin`` and ``dat``).
@@ -139,6 +153,8 @@ def finetune(
     started = time.perf_counter()
     classifier, given = classifier_of(guard)
     images = as_training_images(train, classifier, "train")
+    if unlabelled is not None:
+        images = images.joined(as_training_images(unlabelled, classifier, "unlabelled"))
     if epochs is not None:
         updates = _updates(epochs, len(images), batch_size)
     options = FineTuneOptions(
@@ -150,6 +166,8 @@ def finetune(
         warm_up=warm_up,
         scope=scope,
         augment=augment,
+        class_loss=class_loss,
+        labelled_share=labelled_share,
         outlier_share=outlier_share,
         evaluate_every=evaluate_every,
         selection_rows=selection_rows,
@@ -184,7 +202,7 @@ def finetune(
             classifier,
             given,
             sets,
-            make_training_objective(objective, sets.outliers, options),
+            make_training_objective(objective, sets.outliers, options, regularisers),
             options,
             world,
         )

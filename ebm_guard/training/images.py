@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,15 +10,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ebm_guard.data.images import to_input
 from ebm_guard.data.sources import ImageSource, StreamSource
 from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.model import EnergyClassifier, Preprocessing
 from ebm_guard.predictions import as_batch, check_labels, hash_inputs
+from ebm_guard.training.class_losses import UNLABELLED
+from ebm_guard.training.image_stores import (
+    Decoded,
+    InMemory,
+    Joined,
+    Rows,
+    Store,
+    as_bytes,
+    stored,
+)
 
-Rows = NDArray[np.int64]
-# Values this near to whole 256ths came from bytes, and are kept as bytes.
-_GRID_TOLERANCE = 0.01
 _CHUNK = 256
 
 
@@ -43,7 +48,7 @@ class TrainingImages:
     def __init__(
         self, images: Tensor, labels: Tensor | None = None, *, source: str = "arrays"
     ) -> None:
-        self._store: _Store = _InMemory(_stored(images, source))
+        self._store: Store = InMemory(stored(images, source))
         self._hashes: NDArray[np.uint64] | None = None
         self.labels = _checked_labels(labels, len(images), source)
         self.source = source
@@ -70,7 +75,7 @@ class TrainingImages:
                 "--img-size (image_size=)"
             )
         made = cls.__new__(cls)
-        made._store, made._hashes = _Decoded(source, preprocessing), None
+        made._store, made._hashes = Decoded(source, preprocessing), None
         labels = None if source.labels is None else torch.from_numpy(source.labels)
         made.labels = _checked_labels(labels, len(source), source.spec)
         made.source = source.spec
@@ -101,7 +106,7 @@ class TrainingImages:
     @property
     def in_memory(self) -> bool:
         """Whether looking at all of them costs no decoding."""
-        return isinstance(self._store, _InMemory)
+        return self._store.in_memory
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -129,23 +134,66 @@ class TrainingImages:
         made.source = self.source
         return made
 
-    def require_labels(self, num_classes: int, what: str) -> Tensor:
+    def require_labels(self, num_classes: int, what: str, *, some: bool = False) -> Tensor:
         """Return the labels (N,) int64.
 
+        Args:
+            num_classes: C of the model.
+            what: the role, for messages.
+            some: allow images without label (-1), as long as there are two with one.
+
         Raises:
-            DataError: there are none, or some are no class of the model, such as -1.
+            DataError: there are none, or some are no class of the model.
         """
         if self.labels is None:
-            raise DataError(f"{what} ({self.source}) has no labels; fine-tuning needs them")
-        unlabelled = int((self.labels == -1).sum())
-        if unlabelled:
             raise DataError(
-                f"{what} ({self.source}): {unlabelled:,} of {len(self):,} labels are -1. If that "
-                "means unlabelled, leave these images out: semi-supervised training is not a part "
-                "of this version"
+                f"{what} ({self.source}) has no labels; fine-tuning needs them"
+                + (", of some images at least" if some else "")
             )
-        check_labels(self.labels.numpy(), num_classes, f"{what} ({self.source})")
+        labelled = self.labelled
+        if not some and len(labelled) < len(self):
+            raise DataError(
+                f"{what} ({self.source}): {len(self) - len(labelled):,} of {len(self):,} labels "
+                "are -1, which means unlabelled. Only training images may be; leave these out"
+            )
+        if len(labelled) < 2:
+            raise DataError(
+                f"{what} ({self.source}): {len(labelled)} of {len(self):,} images have a label; "
+                "needed at least two, and some of every class for a useful result"
+            )
+        known = self.labels[torch.from_numpy(labelled)].numpy()
+        check_labels(known, num_classes, f"{what} ({self.source})")
         return self.labels
+
+    @property
+    def labelled(self) -> Rows:
+        """Row numbers of the images with a label, in order."""
+        if self.labels is None:
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(self.labels.numpy() != UNLABELLED).astype(np.int64)
+
+    def joined(self, unlabelled: TrainingImages) -> TrainingImages:
+        """Return these images and others behind them, whose labels are not looked at.
+
+        Raises:
+            InvalidInputError: the images differ in shape.
+
+        Example:
+            >>> few = TrainingImages(torch.zeros(2, 1, 4, 4), torch.tensor([0, 1]))
+            >>> few.joined(TrainingImages(torch.ones(1, 1, 4, 4))).labels
+            tensor([ 0,  1, -1])
+        """
+        if self.shape != unlabelled.shape:
+            raise InvalidInputError(
+                f"got training images {self.shape} and unlabelled ones {unlabelled.shape} (C, H, "
+                "W); bring both to one size (image files: --img-size, image_size=)"
+            )
+        made = type(self).__new__(type(self))
+        made._store, made._hashes = Joined(self._store, unlabelled._store), None
+        own = torch.full((len(self),), UNLABELLED) if self.labels is None else self.labels
+        made.labels = torch.cat([own, torch.full((len(unlabelled),), UNLABELLED)])
+        made.source = f"{self.source}, and unlabelled {unlabelled.source}"
+        return made
 
     def hashes(self, rows: Rows | None = None) -> NDArray[np.uint64]:
         """Hash the 8-bit pixels of some or all images: equal however the images were given."""
@@ -230,7 +278,7 @@ def _of_loader(given: Iterable[Any], preprocessing: Preprocessing, what: str) ->
             raise InvalidInputError(
                 f"{what}: {error}. Give pixels in [0, 1] instead: (pixels, labels)"
             ) from None
-        pixels.append(_as_bytes(part))
+        pixels.append(as_bytes(part))
         if batch.labels is not None:
             labels.append(batch.labels.cpu())
     if not pixels:
@@ -244,82 +292,6 @@ def _of_loader(given: Iterable[Any], preprocessing: Preprocessing, what: str) ->
     return TrainingImages(
         torch.cat(pixels), torch.cat(labels) if labels else None, source=f"{what}, a loader"
     )
-
-
-class _Store(ABC):
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def pixels(self, rows: Rows) -> Tensor: ...
-
-    @abstractmethod
-    def select(self, rows: Rows) -> _Store: ...
-
-
-class _InMemory(_Store):
-    def __init__(self, images: Tensor) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def pixels(self, rows: Rows) -> Tensor:
-        part = self._images[torch.from_numpy(rows)]
-        return part.float() / 255 if part.dtype == torch.uint8 else part.float()
-
-    def select(self, rows: Rows) -> _InMemory:
-        return _InMemory(self._images[torch.from_numpy(rows)])
-
-
-class _Decoded(_Store):
-    def __init__(self, source: ImageSource, preprocessing: Preprocessing) -> None:
-        self._source, self._preprocessing = source, preprocessing
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def pixels(self, rows: Rows) -> Tensor:
-        made = [
-            to_input(
-                self._source.load(int(row)), self._preprocessing, is_array=self._source.is_array
-            )
-            for row in rows
-        ]
-        if len({image.shape for image in made}) > 1:
-            raise DataError(
-                f"{self._source.spec}: got images of different sizes; give --img-size (image_size=)"
-            )
-        if not made:
-            return torch.empty(0, self._preprocessing.channels, 0, 0)
-        return self._preprocessing.denormalize(torch.from_numpy(np.stack(made)))
-
-    def select(self, rows: Rows) -> _Decoded:
-        return _Decoded(self._source.subset(rows), self._preprocessing)
-
-
-def _stored(images: Tensor, source: str) -> Tensor:
-    if not isinstance(images, Tensor) or images.ndim != 4 or not images.numel():
-        shape = tuple(getattr(images, "shape", ()))
-        raise InvalidInputError(
-            f"got {source} as {type(images).__name__} of shape {shape}; needed images "
-            "(N, C, H, W), N >= 1"
-        )
-    images = images.detach().cpu()
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise InvalidInputError(f"got {source} of dtype {images.dtype}; needed uint8 or floats")
-    Preprocessing((0.0,) * images.shape[1], (1.0,) * images.shape[1]).check_pixels(images)
-    return _as_bytes(images)
-
-
-def _as_bytes(pixels: Tensor) -> Tensor:
-    """Keep pixels that came from bytes as bytes, a quarter of the memory."""
-    scaled = pixels * 255
-    whole = scaled.round()
-    near = bool(((scaled - whole).abs() <= _GRID_TOLERANCE).all())
-    return whole.to(torch.uint8) if near else pixels.float()
 
 
 def _checked_labels(labels: Tensor | None, n: int, source: str) -> Tensor | None:

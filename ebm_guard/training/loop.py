@@ -24,10 +24,10 @@ from ebm_guard.training.augment import augmented, make_augment
 from ebm_guard.training.checkpoint import save_checkpoint
 from ebm_guard.training.context import TrainingBatch
 from ebm_guard.training.ema import WeightAverage
-from ebm_guard.training.images import Rows
 from ebm_guard.training.interrupt import interruptible
 from ebm_guard.training.objectives.base import LossTerms
 from ebm_guard.training.options import learning_rate_at
+from ebm_guard.training.order import Order
 from ebm_guard.training.safeguard import Safeguard, harm, within_limits
 from ebm_guard.training.selection import Evaluation
 from ebm_guard.training.setup import FreshForward, Outcome, Setup
@@ -59,7 +59,14 @@ class Loop:
         self._update, self._attempt, self._seconds = 0, 0, 0.0
         self._best: dict[str, Any] | None = None
         self._good = self._state()
-        self._order: tuple[tuple[int, int], Rows] = ((-1, -1), np.empty(0, dtype=np.int64))
+        options, images = setup.options, setup.images
+        self._order = Order(
+            len(images),
+            images.labelled,
+            options.batch_size,
+            options.labelled_share,
+            options.seed,
+        )
         self._interrupted, self._stopped = False, ""
 
     def run(self) -> Outcome:
@@ -179,7 +186,7 @@ class Loop:
 
     def _batch(self) -> TrainingBatch:
         of = self._of
-        rows = self._rows()
+        rows = self._order.rows(self._update, self._attempt)
         own = rows[of.world.share(len(rows))]
         pixels = of.images.pixels(own).to(of.world.device)
         labels = of.images.labels
@@ -192,24 +199,6 @@ class Loop:
             augmented=augmented(self._augment, pixels, generator),
             rows=torch.from_numpy(own),
         )
-
-    def _rows(self) -> Rows:
-        """Return this update's rows of all processes: every image once before any comes twice."""
-        size, n = self._of.options.batch_size, len(self._of.images)
-        first = self._update * size
-        epochs = range(first // n, (first + size - 1) // n + 1)
-        parts = []
-        for epoch in epochs:
-            begin, end = max(first - epoch * n, 0), min(first + size - epoch * n, n)
-            parts.append(self._permutation(epoch)[begin:end])
-        return np.concatenate(parts)
-
-    def _permutation(self, epoch: int) -> Rows:
-        key = (self._attempt, epoch)
-        if self._order[0] != key:
-            generator = np.random.default_rng([self._of.options.seed, 41, *key])
-            self._order = key, generator.permutation(len(self._of.images)).astype(np.int64)
-        return self._order[1]
 
     def _rate(self) -> float:
         options = self._of.options

@@ -9,6 +9,7 @@ from typing import Any
 
 from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.training.augment import Augment, make_augment
+from ebm_guard.training.class_losses import ClassLoss, make_class_loss
 from ebm_guard.training.scope import check_scope
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -26,8 +27,10 @@ class FineTuneOptions:
         optimizer: ``adamw`` or ``sgd``.
         weight_decay: of matrices and kernels; not of biases and norms.
         warm_up: share of the run over which the learning rate rises.
-        scope: weights that may move.
-        augment: of the cross-entropy stream.
+        scope: weights that may move; None takes the objective's.
+        augment: of the images of the class loss.
+        class_loss: a name or a class loss.
+        labelled_share: of a batch, where some training images have no label.
         outlier_share: share of the given outliers among the negatives.
         evaluate_every: updates between evaluations; None makes eight of a run.
         selection_rows: most rows that an evaluation looks at.
@@ -55,8 +58,10 @@ class FineTuneOptions:
     optimizer: str = "adamw"
     weight_decay: float = 1e-4
     warm_up: float = 0.05
-    scope: str = "all"
+    scope: str | None = None
     augment: str | Augment | None = None
+    class_loss: str | ClassLoss = "nll"
+    labelled_share: float = 0.5
     outlier_share: float = 0.5
     evaluate_every: int | None = None
     selection_rows: int = 1000
@@ -81,7 +86,7 @@ class FineTuneOptions:
             _whole("evaluate_every", self.evaluate_every, 1)
         if self.learning_rate is not None:
             _number("learning_rate", self.learning_rate, above=0)
-        for name in ("max_acc_drop", "outlier_share"):
+        for name in ("max_acc_drop", "outlier_share", "labelled_share"):
             _number(name, getattr(self, name), above=0, most=1)
         for name in ("max_nll_rise", "max_ece_rise", "gradient_clip"):
             _number(name, getattr(self, name), above=0)
@@ -93,8 +98,10 @@ class FineTuneOptions:
             if value not in known:
                 near = suggest(str(value), known)
                 raise InvalidInputError(f"got {name} {value!r}; known are {', '.join(known)}{near}")
-        check_scope(self.scope)
+        if self.scope is not None:
+            check_scope(self.scope)
         make_augment(self.augment)
+        make_class_loss(self.class_loss)
 
     @property
     def interval(self) -> int:
@@ -105,6 +112,7 @@ class FineTuneOptions:
         """Return the settings as JSON types; a function by its name."""
         settings = {item.name: getattr(self, item.name) for item in fields(self)}
         settings |= {"objective_settings": described(self.objective_settings)}
+        settings["class_loss"] = make_class_loss(self.class_loss).identity()
         if callable(self.augment):
             settings["augment"] = getattr(self.augment, "__name__", type(self.augment).__name__)
         return settings

@@ -21,7 +21,9 @@ from ebm_guard.training.images import TrainingImages
 from ebm_guard.training.negatives import given_negatives
 from ebm_guard.training.objectives import Objective, make_objective
 from ebm_guard.training.options import FineTuneOptions
+from ebm_guard.training.order import shares
 from ebm_guard.training.refit import fit_like
+from ebm_guard.training.regularisers import Regularisers, regularised
 from ebm_guard.training.selection import (
     Look,
     Panel,
@@ -106,7 +108,7 @@ def prepare(
     forward = pixel_forward(copied)
     with torch.no_grad():
         num_classes = int(forward(probe).logits.shape[1])
-    train.require_labels(num_classes, "train")
+    train.require_labels(num_classes, "train", some=True)
     sets.validation.require_labels(num_classes, "validation")
 
     def panel(images: TrainingImages, side: int) -> Panel:
@@ -141,7 +143,7 @@ def prepare(
         acceptance=acceptance,
         on_selection=looks["selection"],
         on_acceptance=looks["acceptance"],
-        notes=tuple(notes),
+        notes=(*notes, *_unlabelled(train, options)),
     )
 
 
@@ -149,12 +151,27 @@ def make_training_objective(
     objective: str | Objective | Callable[..., Any],
     outliers: TrainingImages | None,
     options: FineTuneOptions,
+    regularisers: Regularisers = (),
 ) -> Objective:
     """Make the objective, with the user's outliers among its negatives where there are any.
+
+    Args:
+        objective: as :func:`ebm_guard.finetune` takes it.
+        outliers: the user's, or None.
+        options: of the run.
+        regularisers: names or regularisers, added to the loss.
 
     Raises:
         InvalidInputError: see :func:`ebm_guard.training.objectives.make_objective`.
     """
+    return regularised(_objective(objective, outliers, options), regularisers)
+
+
+def _objective(
+    objective: str | Objective | Callable[..., Any],
+    outliers: TrainingImages | None,
+    options: FineTuneOptions,
+) -> Objective:
     settings = dict(options.objective_settings)
     if outliers is None:
         return make_objective(objective, **settings)
@@ -164,6 +181,19 @@ def make_training_objective(
         outliers, settings.get("negatives"), options.outlier_share
     )
     return make_objective(objective, **settings)
+
+
+def _unlabelled(train: TrainingImages, options: FineTuneOptions) -> tuple[str, ...]:
+    """Say how many images have no label, and what becomes of them."""
+    labelled = len(train.labelled)
+    if labelled == len(train):
+        return ()
+    own, others = shares(options.batch_size, options.labelled_share)
+    note = (
+        f"{len(train) - labelled:,} of {len(train):,} training images have no label: every batch "
+        f"takes {own} with a label and {others} without, which the class loss leaves out"
+    )
+    return (note,)
 
 
 def _split(validation: TrainingImages, options: FineTuneOptions) -> ValidationParts:

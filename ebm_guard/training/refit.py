@@ -37,7 +37,7 @@ def fit_like(
         old: its settings are taken; None, or one that is not fitted, means the defaults.
         classifier: around the winner.
         rows: labelled, used by nothing else.
-        train: training images, for a score on features.
+        train: training images, for a score on features; those without label are left out.
         seed: of the splits.
 
     Returns:
@@ -51,11 +51,11 @@ def fit_like(
         settings |= _settings(old)
     score = settings.get("score")
     if isinstance(score, Score) and score.needs_fit:
-        few = train
-        if len(train) > MOST_FIT_ROWS:
-            order = np.random.default_rng([seed, 47]).permutation(len(train)).astype(np.int64)
-            few = train.select(np.sort(order[:MOST_FIT_ROWS]))
-        settings["fit_data"] = _Loader(few, classifier)
+        few = train.labelled
+        if len(few) > MOST_FIT_ROWS:
+            order = np.random.default_rng([seed, 47]).permutation(len(few))[:MOST_FIT_ROWS]
+            few = few[np.sort(order)]
+        settings["fit_data"] = _Loader(train.select(few), classifier)
     try:
         return Guard(classifier).fit(_Loader(rows, classifier), **settings), ""
     except EbmGuardError as error:

@@ -28,7 +28,8 @@ from ebm_guard.gate.choice import made_outliers
 from ebm_guard.intervals import Metric
 from ebm_guard.model.isolation import Forward
 from ebm_guard.ood.metrics import auroc
-from ebm_guard.training.images import Rows, TrainingImages
+from ebm_guard.training.image_stores import Rows
+from ebm_guard.training.images import TrainingImages
 from ebm_guard.training.temperatures import CONVERGED, STATUSES
 
 Array = NDArray[np.float64]

@@ -16,6 +16,7 @@ from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.isolation import pixel_forward
 from ebm_guard.model.wrappers import unwrapped
 from ebm_guard.training.checkpoint import load_checkpoint
+from ebm_guard.training.class_losses import make_class_loss
 from ebm_guard.training.context import Context, Measured, PixelNet, TrainingBatch
 from ebm_guard.training.distributed import World
 from ebm_guard.training.history import History, Line
@@ -65,7 +66,8 @@ def train_copy(
     """
     options, world, objective = of.options, of.world, of.objective
     net = PixelNet(of.copied, _autocast(options.precision, world.device))
-    trained = set_scope(net, of.copied, options.scope, of.probe.to(world.device))
+    scope = options.scope or objective.default_scope
+    trained = set_scope(net, of.copied, scope, of.probe.to(world.device))
     highest = options.learning_rate or objective.default_learning_rate * (
         _SGD_FACTOR if options.optimizer == "sgd" else 1
     )
@@ -83,6 +85,8 @@ def train_copy(
         rank=world.rank,
         world=world.size,
         device=world.device,
+        class_loss=make_class_loss(options.class_loss),
+        classifier=of.copied,
     )
     if state is None:
         objective.begin(context, first)
@@ -110,7 +114,8 @@ def train_copy(
     if state is None:
         evaluation = Evaluation.of(of.on_selection).to_dict()
         history.add("evaluation", 0, **evaluation, eligible=False, best=False)
-        for note in (*of.notes, *_frozen(net, of.classifier, options.scope)):
+        cautions = [context.class_loss.caution] if context.class_loss.caution else []
+        for note in (*of.notes, *cautions, *_frozen(net, of.classifier, scope)):
             history.add("event", 0, text=note)
     else:
         loop.load(state)
@@ -139,6 +144,7 @@ def _settings(of: Prepared, highest: float, trained: int) -> dict[str, Any]:
     return of.options.to_dict() | {
         "objective": of.objective.identity(),
         "learning_rate": highest,
+        "scope": of.options.scope or of.objective.default_scope,
         "evaluate_every": of.options.interval,
         "trained_weights": trained,
         "processes": of.world.size,
@@ -170,7 +176,7 @@ def _first_batch(of: Prepared) -> TrainingBatch:
     images, device = of.sets.train, of.world.device
     order = np.random.default_rng([of.options.seed, 53]).permutation(len(images))
     rows = order[:_MEASURED].astype(np.int64)
-    labels = images.require_labels(of.num_classes, "train")
+    labels = images.require_labels(of.num_classes, "train", some=True)
     pixels = images.pixels(rows).to(device)
     chosen = torch.from_numpy(rows)
     return TrainingBatch(pixels, labels[chosen].to(device), pixels, chosen)

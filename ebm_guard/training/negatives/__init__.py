@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ebm_guard.training.negatives.base import Negatives
 from ebm_guard.training.negatives.chains import ChainNegatives, DataChains, NoiseChains
+from ebm_guard.training.negatives.denoising import Denoising
 from ebm_guard.training.negatives.descent import Descent
 from ebm_guard.training.negatives.making import given_negatives, make_negatives
 from ebm_guard.training.negatives.mixed import Mixed
@@ -19,6 +20,7 @@ from ebm_guard.training.negatives.synthetic import Synthetic
 __all__ = [
     "ChainNegatives",
     "DataChains",
+    "Denoising",
     "Descent",
     "Mixed",
     "Negatives",

@@ -13,6 +13,7 @@ from ebm_guard.data.outliers import TRAINING_KINDS, get_kind
 from ebm_guard.data.outliers.kinds import Partners
 from ebm_guard.errors import InvalidInputError
 from ebm_guard.sampling.checks import check_whole
+from ebm_guard.training.class_losses import UNLABELLED
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.negatives.base import Negatives
 
@@ -109,8 +110,9 @@ class Synthetic(Negatives):
 
 
 def _partners(labels: Tensor) -> Partners | None:
-    """Partners of another class; of any, where the batch holds one class; None for one image."""
+    """Partners of another class; of any, where classes are not known; None for one image."""
     known = labels.detach().cpu().numpy().astype(np.int64)
     if len(known) < 2:
         return None
-    return Partners(len(known), known if len(np.unique(known)) > 1 else None)
+    told_apart = len(np.unique(known)) > 1 and bool((known != UNLABELLED).all())
+    return Partners(len(known), known if told_apart else None)

@@ -12,13 +12,14 @@ from torch.nn import functional as F
 from ebm_guard import energy as formulas
 from ebm_guard.attacks.geometry import Ball, ball_of, per_image
 from ebm_guard.sampling.checks import check_choice, check_number, check_whole
+from ebm_guard.training.class_losses import ClassLoss
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.objectives.base import LossTerms, Objective
-from ebm_guard.training.objectives.terms import UNLABELLED, class_loss, item
+from ebm_guard.training.objectives.terms import UNLABELLED, item
 
 
 class Attack:
-    """PGD on the cross-entropy, for a share of the batch.
+    """PGD on the cross-entropy, for a share of the batch, whatever the class loss.
 
     Args:
         epsilon: radius of the ball, in [0, 1] pixels.
@@ -127,8 +128,8 @@ class Adversarial(Objective):
         moved = self.attack.apply(context, batch.augmented[:count], batch.labels[:count])
         pixels = torch.cat([moved, batch.augmented[count:]])
         logits = context.logits(pixels)
-        total = class_loss(logits, batch.labels)
-        attacked = share_of_loss(logits, batch.labels, count)
+        total = context.class_loss(logits, batch.labels)
+        attacked = share_of_loss(context.class_loss, logits, batch.labels, count)
         parts = {"attacked": attacked, "clean": item(total) - attacked}
         return LossTerms(total, parts, energy_data=formulas.energy(logits.detach()))
 
@@ -138,13 +139,18 @@ class Adversarial(Objective):
 
 
 @torch.no_grad()
-def share_of_loss(logits: Tensor, labels: Tensor, count: int) -> float:
-    """Return what the first ``count`` rows add to the mean cross-entropy of all rows.
+def share_of_loss(loss: ClassLoss, logits: Tensor, labels: Tensor, count: int) -> float:
+    """Return what the first ``count`` rows add to the mean class loss of all rows.
+
+    A class loss that compares the rows of a batch with each other (``info_nce``) is taken over
+    these rows alone.
 
     Example:
-        >>> round(share_of_loss(torch.zeros(4, 2), torch.tensor([0, 1, 0, 1]), 2), 4)
+        >>> from ebm_guard.training.class_losses import make_class_loss
+        >>> nll, labels = make_class_loss("nll"), torch.tensor([0, 1, 0, 1])
+        >>> round(share_of_loss(nll, torch.zeros(4, 2), labels, 2), 4)
         0.3466
     """
     labelled = max(1, int((labels != UNLABELLED).sum()))
     known = max(0, int((labels[:count] != UNLABELLED).sum()))
-    return item(class_loss(logits[:count], labels[:count])) * known / labelled
+    return item(loss(logits[:count], labels[:count])) * known / labelled

@@ -50,10 +50,12 @@ class Objective(ABC):
         negative_kinds: names of the synthetic outlier kinds that it trains on, so that they are
             neither used to choose a checkpoint nor reported as unseen.
         default_learning_rate: of AdamW, where the user gives none.
+        default_scope: which weights move, where the user does not say.
     """
 
     name: str = ""
     default_learning_rate: ClassVar[float] = 3e-4
+    default_scope: ClassVar[str] = "all"
 
     @property
     def negative_kinds(self) -> tuple[str, ...]:

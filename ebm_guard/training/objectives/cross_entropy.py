@@ -7,11 +7,11 @@ from typing import Any
 from ebm_guard import energy as formulas
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.objectives.base import LossTerms, Objective
-from ebm_guard.training.objectives.terms import class_loss, item
+from ebm_guard.training.objectives.terms import item
 
 
 class CrossEntropy(Objective):
-    """Minimise -log p(y|x) on the augmented images, and nothing else.
+    """Minimise the class loss on the augmented images, -log p(y|x) by default, and nothing else.
 
     What a run gains with this objective is the gain of training on, not of the energy: compare
     the others with it. Rows labelled -1 (no label) do not count.
@@ -26,7 +26,7 @@ class CrossEntropy(Objective):
     def loss(self, context: Context, batch: TrainingBatch) -> LossTerms:
         """Compute the mean over the labelled rows."""
         logits = context.logits(batch.augmented)
-        total = class_loss(logits, batch.labels)
+        total = context.class_loss(logits, batch.labels)
         energy = formulas.energy(logits.detach())
         return LossTerms(total, {"class": item(total)}, energy_data=energy)
 

@@ -17,7 +17,7 @@ from ebm_guard.training.negatives import Negatives, make_negatives
 from ebm_guard.training.negatives.descent import Descent
 from ebm_guard.training.objectives.adversarial import Attack, share_of_loss
 from ebm_guard.training.objectives.base import LossTerms, Objective
-from ebm_guard.training.objectives.terms import class_loss, item, warmed_up
+from ebm_guard.training.objectives.terms import item, warmed_up
 
 
 class Dat(Objective):
@@ -95,7 +95,7 @@ class Dat(Objective):
         self.negatives.begin(context, batch)
 
     def loss(self, context: Context, batch: TrainingBatch) -> LossTerms:
-        """Compute cross-entropy and the energy's binary cross-entropy from one forward pass."""
+        """Compute the class loss and the energy's binary cross-entropy from one forward pass."""
         negatives = self.negatives.draw(context, batch)
         attacked = 0
         seen = batch.augmented
@@ -109,13 +109,15 @@ class Dat(Objective):
         scale = self.scale * context.measured.std
         weight = self.weight * warmed_up(context, self.warm_up) / 2
         terms = {
-            "class": class_loss(logits["augmented"], batch.labels),
+            "class": context.class_loss(logits["augmented"], batch.labels),
             "data": weight * F.softplus((data - centre) / scale).mean(),
             "negatives": weight * F.softplus((centre - off) / scale).mean(),
         }
         parts = {name: item(term) for name, term in terms.items()}
         if attacked:
-            parts["attacked"] = share_of_loss(logits["augmented"], batch.labels, attacked)
+            parts["attacked"] = share_of_loss(
+                context.class_loss, logits["augmented"], batch.labels, attacked
+            )
             parts["class"] -= parts["attacked"]
         energies = data.detach(), off.detach()
         self.negatives.observe(*energies)

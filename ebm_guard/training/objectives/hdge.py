@@ -15,7 +15,6 @@ from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.objectives.base import LossTerms, Objective
 from ebm_guard.training.objectives.terms import (
     UNLABELLED,
-    class_loss,
     item,
     warmed_up,
 )
@@ -80,7 +79,7 @@ class Hdge(Objective):
         self._kept = torch.empty(0, 0)
 
     def loss(self, context: Context, batch: TrainingBatch) -> LossTerms:
-        """Compute cross-entropy and the contrast from one forward pass."""
+        """Compute the class loss and the contrast from one forward pass."""
         logits = context.together(augmented=batch.augmented, data=batch.pixels)
         values = logits["data"]
         if self.form == "normalised":
@@ -88,7 +87,7 @@ class Hdge(Objective):
         kept = self._kept.to(values)
         contrast = contrastive(values, batch.labels, kept, self.temperature)
         terms = {
-            "class": class_loss(logits["augmented"], batch.labels),
+            "class": context.class_loss(logits["augmented"], batch.labels),
             "contrast": self.weight * warmed_up(context, self.warm_up) * contrast,
         }
         self._remember(values.detach())

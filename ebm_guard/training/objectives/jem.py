@@ -19,7 +19,6 @@ from ebm_guard.training.negatives.replay import Replay
 from ebm_guard.training.objectives.base import LossTerms, Objective
 from ebm_guard.training.objectives.terms import (
     UNLABELLED,
-    class_loss,
     item,
     warmed_up,
 )
@@ -121,7 +120,7 @@ class Jem(Objective):
         )
         energies = {name: formulas.energy(logits[name]) for name in ("data", *drawn)}
         ramp = warmed_up(context, self.warm_up)
-        terms = {"class": self.weight_y * class_loss(logits["augmented"], batch.labels)}
+        terms = {"class": self.weight_y * context.class_loss(logits["augmented"], batch.labels)}
         if "negatives" in drawn:
             gap = energies["data"].mean() - energies["negatives"].mean()
             terms["x"] = ramp * self.weight_x * gap

@@ -14,14 +14,15 @@ from ebm_guard.sampling.checks import check_number
 from ebm_guard.training.context import Context, TrainingBatch
 from ebm_guard.training.negatives import Negatives, make_negatives
 from ebm_guard.training.objectives.base import LossTerms, Objective
-from ebm_guard.training.objectives.terms import class_loss, item, warmed_up
+from ebm_guard.training.objectives.terms import item, warmed_up
 
 
 class Margin(Objective):
     """Keep data below one energy and negatives above another.
 
     L = L_class + w (mean relu(E(x+) - m_in)^2 + mean relu(m_out - E(x-))^2) / (m_out - m_in)^2,
-    with L_class the cross-entropy on the augmented images, x+ the batch as it is, x- negatives.
+    with L_class the class loss (cross-entropy by default) on the augmented images, x+ the batch as
+    it is, x- negatives.
     Both hinges are 0 once the margins hold, so the loss is bounded below and nothing runs away.
 
     An energy means nothing by itself: a constant on all logits shifts it. So the margins start
@@ -100,7 +101,7 @@ class Margin(Objective):
         return self.m_in, self.m_out
 
     def loss(self, context: Context, batch: TrainingBatch) -> LossTerms:
-        """Compute cross-entropy and both hinges from one forward pass."""
+        """Compute the class loss and both hinges from one forward pass."""
         negatives = self.negatives.draw(context, batch)
         logits = context.together(augmented=batch.augmented, data=batch.pixels, negatives=negatives)
         data, off = (formulas.energy(logits[name]) for name in ("data", "negatives"))
@@ -110,7 +111,7 @@ class Margin(Objective):
             m_in, m_out = self.m_in, self.m_out
         weight = self.weight * warmed_up(context, self.warm_up) / (m_out - m_in) ** 2
         terms = {
-            "class": class_loss(logits["augmented"], batch.labels),
+            "class": context.class_loss(logits["augmented"], batch.labels),
             "data": weight * hinge(data - m_in),
             "negatives": weight * hinge(m_out - off),
         }

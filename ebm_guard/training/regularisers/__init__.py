@@ -1,0 +1,87 @@
+"""Terms that any objective may carry besides its own, one file each.
+
+A new regulariser is a file here, a class made from :class:`Regulariser`, and a row in the
+registry.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from ebm_guard import registry
+from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.training.objectives.base import Objective
+from ebm_guard.training.regularisers.base import Regulariser
+from ebm_guard.training.regularisers.entropy import Entropy
+from ebm_guard.training.regularisers.regularised import Regularised
+from ebm_guard.training.regularisers.score_matching import DenoisingScoreMatching
+
+Regularisers = str | Regulariser | Sequence[str | Regulariser]
+
+
+def make_regulariser(regulariser: str | Regulariser, **settings: Any) -> Regulariser:
+    """Make a regulariser by its registered name, or take a ready one.
+
+    Raises:
+        InvalidInputError: an unknown name or setting, settings for a ready one, or neither a name
+            nor a Regulariser.
+
+    Example:
+        >>> make_regulariser("dsm", weight=0.02).weight
+        0.02
+    """
+    if isinstance(regulariser, Regulariser):
+        if settings:
+            raise InvalidInputError(
+                f"got {', '.join(settings)} beside a ready regulariser; give these to it"
+            )
+        return regulariser
+    if not isinstance(regulariser, str):
+        raise InvalidInputError(
+            f"got a {type(regulariser).__name__} as regulariser; needed a registered name or an "
+            "object made from Regulariser"
+        )
+    made: type[Regulariser] = registry.get("regulariser", regulariser).load()
+    known = list(inspect.signature(made).parameters)
+    for name, value in settings.items():
+        if name not in known:
+            raise InvalidInputError(
+                f"got {name}={value!r} for the regulariser {regulariser!r}; it takes "
+                f"{', '.join(known)}{suggest(name, known)}"
+            )
+    return made(**settings)
+
+
+def regularised(objective: Objective, regularisers: Regularisers) -> Objective:
+    """Add regularisers to an objective; without any, return it as it is.
+
+    Raises:
+        InvalidInputError: see :func:`make_regulariser`; or one of them twice.
+
+    Example:
+        >>> from ebm_guard.training.objectives import make_objective
+        >>> regularised(make_objective("margin"), ["dsm"]).name
+        'margin'
+    """
+    single = isinstance(regularisers, (str, Regulariser))
+    given = [regularisers] if single else list(regularisers)  # type: ignore[list-item, arg-type]
+    made = [make_regulariser(each) for each in given]
+    names = [each.name for each in made]
+    if len(set(names)) < len(names):
+        raise InvalidInputError(
+            f"got the regularisers {', '.join(names)}; needed each at most once"
+        )
+    return Regularised(objective, made) if made else objective
+
+
+__all__ = [
+    "DenoisingScoreMatching",
+    "Entropy",
+    "Regularised",
+    "Regulariser",
+    "Regularisers",
+    "make_regulariser",
+    "regularised",
+]
