@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ebm_guard.gate import ACCEPT, INVALID, REJECT, Decision, Guard, wrap
-    from ebm_guard.model import EnergyClassifier, Preprocessing
+    from ebm_guard.model import EnergyClassifier, EnergyEnsemble, Preprocessing
     from ebm_guard.predictions import Predictions, predict
     from ebm_guard.report import Report, build_report
     from ebm_guard.robustness import AttackOptions, evaluate_robustness
@@ -29,6 +29,7 @@ _HOMES = {
     "Guard": "ebm_guard.gate",
     "wrap": "ebm_guard.gate",
     "EnergyClassifier": "ebm_guard.model",
+    "EnergyEnsemble": "ebm_guard.model",
     "Preprocessing": "ebm_guard.model",
     "Predictions": "ebm_guard.predictions",
     "predict": "ebm_guard.predictions",
@@ -49,6 +50,7 @@ __all__ = [
     "AttackOptions",
     "Decision",
     "EnergyClassifier",
+    "EnergyEnsemble",
     "FinetuneResult",
     "Guard",
     "Predictions",

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 EVIL = "<script>alert('x')</script> & \"b\""
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
-PAGES = ("demo", "hostile", "unlabelled", "attack", "finetune", "samples")
+PAGES = ("demo", "hostile", "unlabelled", "attack", "finetune", "samples", "editing")
 ATTACKED = Path(__file__).parent / "fixtures" / "robustness_standard.json"
 
 
@@ -152,6 +152,16 @@ def save_samples(folder):
     (folder / "samples.html").rename(folder / "report.html")
 
 
+def save_editing(folder):
+    """The page of the sample command with all three edits, its moving pictures included."""
+    args = ["sample", "--data", "demo:", "--classes", "0,3", "--per-class", "2", "--steps", "6",
+            "--inpaint", "14", "--denoise", "5", "--morph", "3,5",
+            "-q", "-o", str(folder)]  # fmt: skip
+    result = CliRunner().invoke(cli, args, standalone_mode=False)
+    assert result.exception is None
+    (folder / "samples.html").rename(folder / "report.html")
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     """The folders of the reports, by name."""
@@ -163,7 +173,8 @@ def pages(tmp_path_factory):
         found.save(folders[name])
     folders["attack"] = tmp_path_factory.mktemp("attack")
     save_attack(found.to_dict(), folders["attack"])
-    for name, save in (("finetune", save_finetune), ("samples", save_samples)):
+    written = {"finetune": save_finetune, "samples": save_samples, "editing": save_editing}
+    for name, save in written.items():
         save(folders.setdefault(name, tmp_path_factory.mktemp(name)))
     # The last report once more, with the sections of both commands inside it.
     tuned = Finetuned.read(folders["finetune"]).section.to_dict()

@@ -374,6 +374,32 @@ def test_predict_csv_says_the_same(guard, tmp_path):
     assert summary["output"] == str(two)
 
 
+def test_predict_adds_the_lowest_energy_labels(guard, tmp_path):
+    logits = np.random.default_rng(0).normal(size=(9, 8)) * 4
+    np.savez(tmp_path / "z.npz", logits=logits)
+    common = ["predict", guard, "--data", f"logits:{tmp_path / 'z.npz'}", "--top-k", 3, "-q"]
+    invoke(*common, "-o", tmp_path / "out.jsonl")
+    invoke(*common, "-o", tmp_path / "out.csv", "--format", "csv")
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    with (tmp_path / "out.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for place, (row, text) in enumerate(zip(rows, table, strict=True)):
+        best = np.argsort(-logits[place], kind="stable")[:3]
+        truth = [(int(label), str(label), -logits[place, label]) for label in best]
+        found = [(item["label"], item["class"], item["energy"]) for item in row["top"]]
+        assert found == truth
+        assert json.loads(text["top"]) == row["top"]
+        assert row["top"][0]["label"] == row["label"]
+    invoke("predict", guard, "--data", "demo:", "--top-k", 8, "-q", "-o", tmp_path / "demo.jsonl")
+    row = json.loads((tmp_path / "demo.jsonl").read_text().splitlines()[0])
+    energies = [item["energy"] for item in row["top"]]
+    assert energies == sorted(energies)
+    assert -np.logaddexp.reduce(-np.array(energies)) == pytest.approx(row["energy"], rel=1e-5)
+    many = ["predict", guard, "--data", "demo:", "--top-k", 9, "-q", "-o", tmp_path / "many"]
+    assert "needed 1 to 8" in invoke(*many, code=2)[1]
+    assert not (tmp_path / "many").exists()
+
+
 def test_predict_on_stored_logits_equals_predict_on_images(guard, tmp_path):
     images = (torch.from_numpy(load_demo("near_ood").images).float() / 255).unsqueeze(1)
     model = demo_classifier()
@@ -442,7 +468,7 @@ def test_predict_writes_a_row_for_an_unreadable_image(place, tmp_path):
         Image.fromarray(images[number]).save(folder / f"{number}.png")
     (folder / "2.png").write_bytes(b"broken")
     out = tmp_path / "out.jsonl"
-    invoke("predict", guard, "--model", model, "--data", folder, "-o", out, "-q")
+    invoke("predict", guard, "--model", model, "--data", folder, "--top-k", 2, "-o", out, "-q")
     rows = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert sorted(rows) == [f"{n}.png" for n in range(5)]
     broken = rows["2.png"]
@@ -450,6 +476,7 @@ def test_predict_writes_a_row_for_an_unreadable_image(place, tmp_path):
     assert broken["accept"] is False
     assert broken["reason"].startswith("unreadable: cannot read image")
     assert broken["energy"] is None
+    assert [len(rows[f"{n}.png"]["top"]) for n in range(5)] == [2, 2, 0, 2, 2]
     before = sorted(listing(tmp_path))
     refused(
         "predict",
@@ -1176,7 +1203,18 @@ def test_predict_with_a_model_that_breaks_is_complete_and_code_4(place, tmp_path
     invoke("fit", "--model", f"{broken}:net", "--data", data, "-o", guard, "-q", "--no-canary")
     path = tmp_path / "out.jsonl"
     _, err = invoke(
-        "predict", guard, "--model", f"{broken}:breaks", "--data", data, "-o", path, "-q", code=4
+        "predict",
+        guard,
+        "--model",
+        f"{broken}:breaks",
+        "--data",
+        data,
+        "--top-k",
+        2,
+        "-o",
+        path,
+        "-q",
+        code=4,
     )
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     broken_rows = [row for row in rows if row["status"] == "INVALID"]
@@ -1187,6 +1225,7 @@ def test_predict_with_a_model_that_breaks_is_complete_and_code_4(place, tmp_path
         assert row["label"] == -1
         assert row["class"] is None
         assert row["energy"] is None
+        assert row["top"] == []
 
 
 def test_guard_of_another_model(place, guard, tmp_path):

@@ -46,11 +46,14 @@ VARIANTS = {
     "relative": {"relative": True, "normalize": False},
     "ledoit_wolf": {"relative": True, "shrinkage": "ledoit_wolf"},
     "oas": {"shrinkage": "oas"},
+    "gmm_tied": {"covariance": "tied", "normalize": False},
+    "kmeans_pooled": {"per_class": False, "beta": "inf", "normalize": False},
 }
 
 
 def build(variant):
-    name = variant if variant in NAMES else "mahalanobis"
+    others = {"gmm_tied": "gmm_energy", "kmeans_pooled": "kmeans_energy"}
+    name = variant if variant in NAMES else others.get(variant, "mahalanobis")
     return make_score(name, **VARIANTS[variant])
 
 
@@ -383,7 +386,7 @@ def test_more_features_than_rows(variant):
 def test_too_few_images_per_class(variant):
     fit = clusters("fit", n=40, classes=8)
     one = fit.select(np.unique(fit.labels, return_index=True)[1])
-    need = 10 if build(variant).name == "mahalanobis" else 5
+    need = 10 if build(variant).name in ("mahalanobis", "gmm_energy") else 5
     seen = len(one)
     reason = build(variant).why_not_fit(one)
     assert reason == f"1 image per class ({seen} rows of {seen} classes), {need} are needed"

@@ -398,9 +398,19 @@ SCORES = {
     "knn": {"k": 5},
     "fdbd": {},
     "nnguide": {"k": 5},
+    "kmeans_energy": {},
+    "kmeans_hard": {"beta": "inf"},
+    "pca_energy": {},
+    "gmm_energy": {},
+    "gmm_tied": {"covariance": "tied", "normalize": False},
     "combine": {},
 }
-NAMES = {"energy_T": "energy", "relative": "mahalanobis"}
+NAMES = {
+    "energy_T": "energy",
+    "relative": "mahalanobis",
+    "kmeans_hard": "kmeans_energy",
+    "gmm_tied": "gmm_energy",
+}
 
 
 def fitted(name, rows):

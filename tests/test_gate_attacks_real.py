@@ -98,6 +98,9 @@ FEATURE_SCORES = (
     "knn",
     "fdbd",
     "nnguide",
+    "kmeans_energy",
+    "pca_energy",
+    "gmm_energy",
 )
 
 

@@ -15,7 +15,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 # DESIGN section 2. A room may import from lower floors and from itself; `data` also from `model`.
 FLOORS = {
     **dict.fromkeys(
-        ("errors", "registry", "energy", "intervals", "files", "progress", "precision"), 0
+        (
+            "errors",
+            "registry",
+            "energy",
+            "composition",
+            "inference",
+            "intervals",
+            "files",
+            "progress",
+            "precision",
+        ),
+        0,
     ),
     "model": 1,
     "data": 2,

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ebm_guard.cli.options import SPEC_HELP, ModelOptions, json_option, model_options
+from ebm_guard.cli.sample_editing import EditOptions, check_edits, edit_options, run_edits
 
 if TYPE_CHECKING:
     from ebm_guard.cli.session import Session
     from ebm_guard.predictions import Predictions
+    from ebm_guard.report.editing_images import EditPictures
     from ebm_guard.sampling import SampleSheet
     from ebm_guard.sampling.sampler import Sampler
 
@@ -63,12 +65,14 @@ _BATCH = 128
     is_flag=True,
     help="Write samples.npz: images, labels and energies, a data set for npz:.",
 )
+@edit_options
 @click.option("--title", default="Samples", show_default=True, help="Heading.")
 @click.option("-o", "--output", required=True, metavar="DIR", help="Where the results go.")
 @json_option
 @model_options
 def command(
     options: ModelOptions,
+    edits: EditOptions,
     data: str | None,
     classes: str | None,
     per_class: int,
@@ -84,7 +88,8 @@ def command(
     r"""Run chains down the energy of each class, and show where they end.
 
     The energy of an ordinarily trained classifier is a score and no density: its samples show what
-    the net reacts to. With --data demo: no --model is needed.
+    the net reacts to. --inpaint, --denoise and --morph ask the same energy for more, and measure
+    the answer beside a fill or a filter without the net. With --data demo: no --model is needed.
 
     \b
     ebm-guard sample --model net.py:net --checkpoint net.safetensors --data val/ -o out
@@ -103,33 +108,47 @@ def command(
         raise InvalidInputError(
             "got neither --model nor --data; give --model, or --data demo: for the demo's net"
         )
+    check_edits(edits, data)
     check_writable(output)
     clock = time.perf_counter()
     with warnings_as_lines():
         session = Session(options, [] if data is None else [data])
         known = None if data is None else session.predictions(data, "evaluation", "starts")
+        given, runner = _given(session, known), _sampler(sampler, steps, step_size)
         with model_errors("sampling"):
             sheet = sample(
                 session.require_classifier(),
                 classes=None if classes is None else [item.strip() for item in classes.split(",")],
                 per_class=per_class,
-                sampler=_sampler(sampler, steps, step_size),
+                sampler=runner,
                 start=start,
                 seed=options.seed,
-                **_given(session, known),
+                **given,
+            )
+            sections, pictures = run_edits(
+                edits,
+                session.require_classifier(),
+                given,
+                sampler=runner,
+                name=sampler,
+                step_size=step_size,
+                num_chains=per_class,
+                seed=options.seed,
             )
         report = sample_report(
             sheet,
             session.require_classifier(),
             said=_said(session, sheet),
             known=known,
+            edits=sections,
             data={} if known is None else {"starts": data_set(known, "starts")},
             title=title,
             command=shlex.join(["ebm-guard", *sys.argv[1:]]),
             clock=clock,
         )
     content, folder = report.to_dict(), Path(output)
-    _show(content, folder, eight_bit(sheet.pixels), keep=save_samples, as_json=as_json)
+    images = eight_bit(sheet.pixels)
+    _show(content, folder, images, pictures, keep=save_samples, as_json=as_json)
 
 
 def _sampler(name: str, steps: int | None, step_size: float | None) -> Sampler:
@@ -178,7 +197,15 @@ def _said(session: Session, sheet: SampleSheet) -> Predictions:
     return Predictions(torch.cat(logits).float().cpu().numpy(), source="samples")
 
 
-def _show(content: dict[str, Any], folder: Path, images: Any, *, keep: bool, as_json: bool) -> None:
+def _show(
+    content: dict[str, Any],
+    folder: Path,
+    images: Any,
+    edits: dict[str, EditPictures],
+    *,
+    keep: bool,
+    as_json: bool,
+) -> None:
     """Write the files, and print the result: a table on stdout, or JSON."""
     import json
 
@@ -186,7 +213,7 @@ def _show(content: dict[str, Any], folder: Path, images: Any, *, keep: bool, as_
 
     from ebm_guard.report.render import render_sample_terminal, write_sample_outputs
 
-    write_sample_outputs(content, folder, images, keep=keep)
+    write_sample_outputs(content, folder, images, keep=keep, edits=edits)
     if as_json:
         click.echo(json.dumps(content, allow_nan=False))
     else:

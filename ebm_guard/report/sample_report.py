@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ebm_guard.intervals import Metric, proportion
+from ebm_guard.report.editing_report import EditedSection, MorphSection
 from ebm_guard.report.meta import (
     environment_facts,
     model_card,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "ebm_guard.sample/1"
 LEVELS = (0.05, 0.25, 0.5, 0.75, 0.95)
+EDITS = ("inpainting", "denoising", "morphing")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class SampleReport(Record):
         below: share of the samples with a lower energy than 95 % of the real images, or None.
         trace: energy and length of the gradient as ``low``, ``median``, ``high`` (5, 50, 95 % of
             the chains) by step; saturation and acceptance as ``mean``; None where not measured.
+        inpainting: what chains made of holes in real images; not written where nobody asked.
+        denoising: what they made of noise; the same.
+        morphing: how they went from one class to another; the same.
     """
 
     meta: Meta
@@ -80,10 +85,14 @@ class SampleReport(Record):
     reference: Mapping[str, Any] | None
     below: Metric | None
     trace: Mapping[str, Any]
+    inpainting: EditedSection | None = None
+    denoising: EditedSection | None = None
+    morphing: MorphSection | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types, schema number first."""
-        return {"schema": SCHEMA} | super().to_dict()
+        found = {"schema": SCHEMA} | super().to_dict()
+        return {key: value for key, value in found.items() if key not in EDITS or value is not None}
 
 
 def sample_report(
@@ -93,6 +102,7 @@ def sample_report(
     said: Predictions,
     known: Predictions | None = None,
     data: Mapping[str, DataSet] | None = None,
+    edits: Mapping[str, Any] | None = None,
     title: str = "Samples",
     command: str | None = None,
     clock: float | None = None,
@@ -105,6 +115,7 @@ def sample_report(
         said: what the net said about the samples; its classes and dtype are named.
         known: what the net said about real images, to compare energies with.
         data: sets that were used, by name.
+        edits: the sections ``inpainting``, ``denoising`` and ``morphing``, those that were made.
         title: heading.
         command: the command line that makes it, for the reader.
         clock: ``time.perf_counter()`` at the start of the work.
@@ -123,6 +134,7 @@ def sample_report(
         reference=reference,
         below=below,
         trace=_trace(sheet.trace),
+        **(edits or {}),
     )
 
 

@@ -2,9 +2,14 @@
 
 from ebm_guard.sampling.buffer import Drawn, ReplayBuffer
 from ebm_guard.sampling.conditional import SampleSheet, sample
+from ebm_guard.sampling.edited import Denoised, Edited, Inpainted
+from ebm_guard.sampling.editing import denoise, inpaint
+from ebm_guard.sampling.fills import centre_mask, surroundings_fill, wiener_filter
 from ebm_guard.sampling.folding import SamplingNet
 from ebm_guard.sampling.making import make_sampler
+from ebm_guard.sampling.masked import Unknown, run_masked
 from ebm_guard.sampling.mcmc import HMC, MALA
+from ebm_guard.sampling.morphing import Morph, morph
 from ebm_guard.sampling.sampler import (
     Chains,
     EnergyFunction,
@@ -23,8 +28,12 @@ __all__ = [
     "SGLD",
     "Chains",
     "ClassGaussian",
+    "Denoised",
     "Drawn",
+    "Edited",
     "EnergyFunction",
+    "Inpainted",
+    "Morph",
     "ReplayBuffer",
     "SampleSheet",
     "Sampler",
@@ -34,7 +43,15 @@ __all__ = [
     "StepRecord",
     "Trace",
     "UniformStart",
+    "Unknown",
+    "centre_mask",
+    "denoise",
     "energy_and_gradient",
+    "inpaint",
     "make_sampler",
+    "morph",
+    "run_masked",
     "sample",
+    "surroundings_fill",
+    "wiener_filter",
 ]

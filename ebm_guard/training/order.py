@@ -28,7 +28,7 @@ class Order:
 
     Example:
         >>> Order(4, np.array([0, 2]), 4, 0.5, seed=0).rows(update=0).tolist()
-        [2, 1, 0, 3]
+        [0, 3, 2, 1]
     """
 
     def __init__(

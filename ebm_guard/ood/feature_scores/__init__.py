@@ -3,8 +3,11 @@
 from ebm_guard.ood.feature_scores.activations import EnergyReAct, EnergyScale
 from ebm_guard.ood.feature_scores.base import FeatureScore
 from ebm_guard.ood.feature_scores.fdbd import FDBD
+from ebm_guard.ood.feature_scores.free_energy import KMeansEnergy
 from ebm_guard.ood.feature_scores.mahalanobis import Mahalanobis
+from ebm_guard.ood.feature_scores.mixture import GMMEnergy
 from ebm_guard.ood.feature_scores.neighbours import KNN, NNGuide
+from ebm_guard.ood.feature_scores.pca import PCAEnergy
 from ebm_guard.ood.feature_scores.vim import ViM
 
 __all__ = [
@@ -13,7 +16,10 @@ __all__ = [
     "EnergyReAct",
     "EnergyScale",
     "FeatureScore",
+    "GMMEnergy",
+    "KMeansEnergy",
     "Mahalanobis",
     "NNGuide",
+    "PCAEnergy",
     "ViM",
 ]

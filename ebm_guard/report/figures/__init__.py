@@ -2,6 +2,7 @@
 
 from ebm_guard.report.figures.attack_energy import robustness_energy
 from ebm_guard.report.figures.corruption_map import robustness_corruptions
+from ebm_guard.report.figures.editing import edit_errors, edit_sheet, morph_path
 from ebm_guard.report.figures.energy import energy_histogram
 from ebm_guard.report.figures.finetune import (
     finetune_ood,
@@ -15,11 +16,14 @@ from ebm_guard.report.figures.samples import sample_energies, sample_sheet, samp
 from ebm_guard.report.figures.save import inline_svgs, save_figure, save_figures, svg_text
 
 __all__ = [
+    "edit_errors",
+    "edit_sheet",
     "energy_histogram",
     "finetune_ood",
     "finetune_robustness",
     "finetune_training",
     "inline_svgs",
+    "morph_path",
     "reliability",
     "robustness_corruptions",
     "robustness_curve",

@@ -13,6 +13,7 @@ from ebm_guard.report.figures.corruption_map import (
     robustness_corruptions,
     shown_metrics,
 )
+from ebm_guard.report.figures.editing import edit_errors, morph_path
 from ebm_guard.report.figures.energy import energy_histogram
 from ebm_guard.report.figures.finetune import (
     finetune_ood,
@@ -194,6 +195,11 @@ def _sample_figures(
     elif panels:
         yield "sample_traces", partial(sample_traces, report["trace"])
     yield "sample_energies", partial(sample_energies, report)
+    for name in ("inpainting", "denoising"):
+        if name in report:
+            yield f"sample_{name}_errors", partial(edit_errors, report[name])
+    if "morphing" in report:
+        yield "sample_morphing_path", partial(morph_path, report["morphing"])
 
 
 def _for_page(svg: str) -> str:

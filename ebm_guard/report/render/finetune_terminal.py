@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ebm_guard.report.render import finetune_view, sample_view
+from ebm_guard.report.render import editing_view, finetune_view, sample_view
 from ebm_guard.report.render import format as fmt
 from ebm_guard.report.render.view import SIGNS
 
@@ -63,6 +63,10 @@ def render_sample_terminal(report: Mapping[str, Any], console: Console) -> None:
     known = sample_view.reference_sentence(report)
     if known:
         console.print(Text(known, style="dim"))
+    for heading, sentence in editing_view.sentences(report):
+        console.print()
+        console.print(Text(heading, style="bold"))
+        console.print(Text(sentence))
     console.print()
 
 

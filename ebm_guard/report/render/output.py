@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ebm_guard.report.editing_images import EditPictures
     from ebm_guard.report.rows import ReportRows
 
 FIGURES = (
@@ -71,6 +72,15 @@ FINETUNE_OURS = (
 SAMPLE_OURS = (
     *(Path(f"samples.{ending}") for ending in ("json", "html", "md", "npz")),
     *_drawn(("sample_sheet", "sample_traces", "sample_energies")),
+)
+# Of each edit that the sample command was asked for.
+EDIT_OURS = tuple(
+    path
+    for name, figure in (("inpainting", "errors"), ("denoising", "errors"), ("morphing", "path"))
+    for path in (
+        Path(f"{name}.gif"),
+        *_drawn((f"sample_{name}_sheet", f"sample_{name}_{figure}")),
+    )
 )
 
 
@@ -128,6 +138,7 @@ def write_sample_outputs(
     images: NDArray[np.uint8],
     *,
     keep: bool = False,
+    edits: Mapping[str, EditPictures] | None = None,
 ) -> list[Path]:
     """Write samples.json, .html, .md, the sheet and the figures; return their paths.
 
@@ -137,12 +148,14 @@ def write_sample_outputs(
         images: (N, H, W, C), in the order of the report's classes.
         keep: also write samples.npz: images, labels, energies and class names, a data set that
             ``npz:`` reads.
+        edits: pictures of the sections ``inpainting``, ``denoising`` and ``morphing``: a sheet and
+            a GIF of each are written.
 
     Raises:
         DataError: The folder cannot be written, or the report holds a value that JSON lacks.
     """
-    draw = partial(_write_samples, report, images, keep)
-    return _write(folder, draw, SAMPLE_OURS)
+    draw = partial(_write_samples, report, images, keep, edits or {})
+    return _write(folder, draw, (*SAMPLE_OURS, *EDIT_OURS))
 
 
 def _write(
@@ -243,16 +256,20 @@ def _write_finetune(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _write_samples(
-    report: Mapping[str, Any], images: NDArray[np.uint8], keep: bool, folder: Path
+    report: Mapping[str, Any],
+    images: NDArray[np.uint8],
+    keep: bool,
+    edits: Mapping[str, EditPictures],
+    folder: Path,
 ) -> list[Path]:
     """Write samples into a new folder; return the relative paths."""
-    from ebm_guard.report.figures import inline_svgs, sample_sheet, save_figure
+    from ebm_guard.report.figures import edit_sheet, inline_svgs, sample_sheet, save_figure
     from ebm_guard.report.sample_images import picture, save_samples
 
     pictures = [picture(image) for image in images]
     pages = {
         "samples.json": canonical_json(report),
-        "samples.html": render_sample_html(report, inline_svgs(report), pictures),
+        "samples.html": render_sample_html(report, inline_svgs(report), pictures, edits),
         "samples.md": render_sample_markdown(report),
     }
     paths = _write_pages(pages, folder) + _write_figures(report, folder)
@@ -261,6 +278,11 @@ def _write_samples(
     sheet = sample_sheet(images, labels, names)
     pair = save_figure(sheet, "sample_sheet", folder / "figures")
     paths += [path.relative_to(folder) for path in pair]
+    for name, found in edits.items():
+        sheet = edit_sheet(found.sheet, found.heads, found.names)
+        pair = save_figure(sheet, f"sample_{name}_sheet", folder / "figures")
+        (folder / f"{name}.gif").write_bytes(found.gif())
+        paths += [*(path.relative_to(folder) for path in pair), Path(f"{name}.gif")]
     if keep:
         save_samples(report, images, folder / "samples.npz")
         paths.append(Path("samples.npz"))

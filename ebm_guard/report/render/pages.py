@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ebm_guard.report.render import (
     calibration_view,
     corruption_view,
+    density_view,
+    editing_view,
     finetune_view,
     purification_view,
     robustness_facts,
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from jinja2 import Environment
+
+    from ebm_guard.report.editing_images import EditPictures
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 
@@ -72,7 +76,10 @@ def render_finetune_markdown(report: Mapping[str, Any]) -> str:
 
 
 def render_sample_html(
-    report: Mapping[str, Any], figures_svg: Mapping[str, str], pictures: Sequence[str]
+    report: Mapping[str, Any],
+    figures_svg: Mapping[str, str],
+    pictures: Sequence[str],
+    edits: Mapping[str, EditPictures] | None = None,
 ) -> str:
     """Render what ``ebm-guard sample`` drew as one self-contained HTML page.
 
@@ -80,8 +87,10 @@ def render_sample_html(
         report: what ``SampleReport.to_dict()`` returns.
         figures_svg: what ``figures.inline_svgs(report)`` returns.
         pictures: a PNG as data URI for each sample.
+        edits: pictures of the sections ``inpainting``, ``denoising`` and ``morphing``.
     """
-    return _render("samples.html.j2", report, svg=figures_svg, pictures=pictures)
+    shown = editing_view.shown(edits or {})
+    return _render("samples.html.j2", report, svg=figures_svg, pictures=pictures, edits=shown)
 
 
 def render_sample_markdown(report: Mapping[str, Any]) -> str:
@@ -102,7 +111,9 @@ def _render(name: str, report: Mapping[str, Any], **more: Any) -> str:
             robfacts=robustness_facts,
             corview=corruption_view,
             ftview=finetune_view,
+            densview=density_view,
             samview=sample_view,
+            editview=editing_view,
             fmt=fmt,
             **more,
         )

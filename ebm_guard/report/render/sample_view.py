@@ -22,12 +22,23 @@ LIMITS = (
     ),
     "Do not train or test on these images as if they were real ones.",
 )
+EDIT_LIMIT = (
+    "Inpainting and denoising are measured against a fill and a filter that any image program has, "
+    "on these images and with these chains. Other holes, noise or chains may turn out otherwise, "
+    "and methods that were trained for the task are far better than all of them."
+)
 TRACES = {
     "energy": ("Energy", "Of each chain, step by step."),
     "gradient_norm": ("Gradient", "Its length over the whole image, at each step."),
     "saturation": ("Saturation", "Share of all values that lie on the edge of [0, 1]."),
     "acceptance": ("Acceptance", "Share of the chains whose proposal was accepted."),
 }
+
+
+def limits(report: Item) -> list[str]:
+    """Say what the images of this page do not promise."""
+    edited = "inpainting" in report or "denoising" in report
+    return [*LIMITS, EDIT_LIMIT] if edited else list(LIMITS)
 
 
 def rows(report: Item, pictures: Sequence[str]) -> list[tuple[Item, list[dict[str, Any]]]]:

@@ -65,8 +65,7 @@ def regularised(objective: Objective, regularisers: Regularisers) -> Objective:
         >>> regularised(make_objective("margin"), ["dsm"]).name
         'margin'
     """
-    single = isinstance(regularisers, (str, Regulariser))
-    given = [regularisers] if single else list(regularisers)  # type: ignore[list-item, arg-type]
+    given = (regularisers,) if isinstance(regularisers, (str, Regulariser)) else regularisers
     made = [make_regulariser(each) for each in given]
     names = [each.name for each in made]
     if len(set(names)) < len(names):
