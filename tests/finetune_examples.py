@@ -118,6 +118,8 @@ def result(status="accepted", *, acceptance=True, rollback=True, temperatures=No
         interrupted=False,
         start=net(0),
         model=net(1 if status == "accepted" else 0),
+        candidate=net(1) if acceptance else None,
+        density=None,
     )
 
 

@@ -67,7 +67,7 @@ def made(name):
 
 def run(objective, updates=4, **settings):
     """Losses of a short run."""
-    context = context_of(update=0, **settings)
+    context = context_of(update=0, scope=objective.default_scope, **settings)
     objective.begin(context, batch_of(30, seed=99))
     losses = []
     for update in range(updates):

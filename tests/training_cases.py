@@ -62,9 +62,15 @@ def batch_of(n=12, seed=0, dtype=torch.float64, labels=None):
     return TrainingBatch(pixels, torch.from_numpy(classes).long(), pixels, torch.arange(n))
 
 
-def context_of(net=None, updates=10, update=9, **settings):
-    """A context at the end of a run, where every warm-up is over."""
+def context_of(net=None, updates=10, update=9, scope="all", **settings):
+    """A context at the end of a run, where every warm-up is over.
+
+    With ``scope="head"`` nothing but the last layer is trained.
+    """
     net = tiny_net() if net is None else net
+    if scope == "head":
+        for part in net[:-1].parameters():
+            part.requires_grad_(False)
     classifier = EnergyClassifier(net, preprocessing=Preprocessing((0.0,), (1.0,)))
     pixels = PixelNet(classifier)
     with torch.no_grad():
@@ -76,7 +82,7 @@ def context_of(net=None, updates=10, update=9, **settings):
         measured,
         updates,
         update=update,
-        **settings,
+        **{"classifier": classifier} | settings,
     )
 
 

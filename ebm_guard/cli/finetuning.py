@@ -21,6 +21,7 @@ from ebm_guard.cli.finetune_sides import (
     OOD_VALIDATION,
     OUTLIERS,
     TRAIN,
+    UNLABELLED,
     VALIDATION,
     attacked,
     both_sides,
@@ -37,12 +38,14 @@ from ebm_guard.report.finetune_report import FinetuneReport, finetune_report
 from ebm_guard.report.record import DataSet
 from ebm_guard.robustness.threat import Threat
 from ebm_guard.training import FinetuneResult, TrainingImages, finetune
+from ebm_guard.training.class_losses import make_class_loss
 from ebm_guard.training.objectives import Objective
+from ebm_guard.training.regularisers import make_regulariser
 from ebm_guard.training.working_copy import around
 
 # Folder in the output that keeps an interrupted run.
 STATE = "finetune-state"
-_NAMES = (TRAIN, VALIDATION, OUTLIERS, OOD_VALIDATION)
+_NAMES = (TRAIN, VALIDATION, UNLABELLED, OUTLIERS, OOD_VALIDATION)
 # Values of images that are kept in memory, decoded.
 _IN_MEMORY = 200_000_000
 # Of larger sets only so many are compared with --data.
@@ -56,6 +59,7 @@ class Inputs:
     train_data: str
     val_data: str
     data: str | None
+    unlabelled: str | None
     outliers: str | None
     ood_validation: str | None
     ood: tuple[str, ...]
@@ -86,14 +90,43 @@ def check_inputs(given: Inputs, training: TrainingChoices, output: Path) -> None
         if name in _NAMES or name.startswith("synthetic_"):
             raise InvalidInputError(f"got --ood {name!r}, a name of another set; take another")
     parse_settings(training.objective_setting)
+    class_terms(training)
     if training.resume and not (output / STATE).is_dir():
         raise InvalidInputError(
             f"got --resume, and {output} holds no interrupted run; start without --resume"
         )
 
 
-def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Parse ``--objective-setting NAME=VALUE`` options: numbers, true, false, lists, or text.
+def class_terms(training: TrainingChoices) -> dict[str, Any]:
+    """Make what ``--class-loss`` and ``--regulariser`` name.
+
+    Raises:
+        InvalidInputError: an unknown name or setting.
+    """
+    name, settings = parse_method("--class-loss", training.class_loss)
+    named = [parse_method("--regulariser", each) for each in training.regulariser]
+    return {
+        "class_loss": make_class_loss(name, **settings),
+        "regularisers": [make_regulariser(each, **own) for each, own in named],
+    }
+
+
+def parse_method(option: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Parse ``NAME,SETTING=VALUE,...``.
+
+    Raises:
+        InvalidInputError: a setting without ``=``, or twice.
+
+    Example:
+        >>> parse_method("--class-loss", "hinge,m=2")
+        ('hinge', {'m': 2})
+    """
+    name, *pairs = (part.strip() for part in text.split(","))
+    return name, parse_settings(tuple(pairs), option)
+
+
+def parse_settings(pairs: tuple[str, ...], option: str = "--objective-setting") -> dict[str, Any]:
+    """Parse NAME=VALUE settings of an option: numbers, true, false, lists, or text.
 
     Raises:
         InvalidInputError: no ``=``, or a name twice.
@@ -107,9 +140,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name or name in settings:
-            raise InvalidInputError(
-                f"got --objective-setting {pair!r}; needed NAME=VALUE, each name once"
-            )
+            raise InvalidInputError(f"got {option} {pair!r}; needed NAME=VALUE, each name once")
         try:
             settings[name] = json.loads(text)
         except ValueError:
@@ -137,6 +168,7 @@ def finetuned(
         TRAIN: given.train_data,
         VALIDATION: given.val_data,
         "evaluation": given.data,
+        UNLABELLED: given.unlabelled,
         OUTLIERS: given.outliers,
         OOD_VALIDATION: given.ood_validation,
     }
@@ -205,6 +237,8 @@ def _run(
             images[VALIDATION],
             objective=objective,
             objective_settings=settings,
+            unlabelled=images.get(UNLABELLED),
+            **class_terms(training),
             updates=training.updates or 200,
             batch_size=training.train_batch_size,
             augment=None
@@ -258,6 +292,7 @@ def _images(session: Session, spec: str, name: str, known: Predictions) -> Train
     classifier = session.require_classifier()
     preprocessing = classifier.preprocessing
     role = name if name in (TRAIN, VALIDATION, "evaluation") else "ood"
+    role = TRAIN if name == UNLABELLED else role
     source = session.sources.get(name) or session.open(parse_spec(spec), role, name)
     if preprocessing is None:
         raise InvalidInputError(
@@ -270,7 +305,7 @@ def _images(session: Session, spec: str, name: str, known: Predictions) -> Train
             f"{known.skipped[0][0]}; fine-tuning needs rows that are all readable. Remove them"
         )
     images = TrainingImages.of_source(source, preprocessing)
-    if role != "ood":
+    if name in (TRAIN, VALIDATION, "evaluation"):
         labels = known.labels if name == VALIDATION else _labels(source, classifier, known)
         images.labels = None if labels is None else torch.from_numpy(labels.astype(np.int64))
     if len(images) * int(np.prod(images.shape)) > _IN_MEMORY:

@@ -40,6 +40,7 @@ FAMILIES = (
     "corruption",
     "defence",
     "sampler",
+    "density",
     "objective",
     "negatives",
     "class_loss",

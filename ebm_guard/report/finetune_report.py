@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ebm_guard.model.weights import weights_hash
+from ebm_guard.report.finetune_density import DensitySection, density_section
 from ebm_guard.report.finetune_robustness import RobustnessComparison, compare_robustness
 from ebm_guard.report.finetune_training import TrainingSection, training_section
 from ebm_guard.report.meta import (
@@ -126,6 +127,7 @@ class FinetuneReport(Record):
     ood_means: Mapping[str, Compared]
     robustness: RobustnessComparison | NotRun
     training: TrainingSection
+    density: DensitySection | NotRun
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types, schema number first."""
@@ -196,6 +198,7 @@ def finetune_report(
         ood_means=means,
         robustness=attacks,
         training=training,
+        density=density_section(result, NO_CANDIDATE),
     )
 
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from ebm_guard.model.isolation import pixel_forward
 from ebm_guard.training.acceptance import Acceptance, accept
+from ebm_guard.training.density.measuring import measure_density, told
 from ebm_guard.training.preparing import Prepared
 from ebm_guard.training.refit import fit_like
 from ebm_guard.training.result import ACCEPTED, START_RETURNED, FinetuneResult
@@ -47,6 +48,8 @@ def finish(of: Prepared, trained: Trained, seconds: float) -> FinetuneResult:
         wrapped = around(of.classifier, candidate)
         guard, note = fit_like(of.guard, wrapped, of.parts.refit, of.sets.train, of.options.seed)
         story += [note] if note else []
+    density = None if candidate is None else measure_density(of, candidate, accepted=passed)
+    story += [] if density is None else [told(density)]
     history.add("event", outcome.update, text=reason)
     return FinetuneResult(
         status=status,
@@ -62,6 +65,7 @@ def finish(of: Prepared, trained: Trained, seconds: float) -> FinetuneResult:
         seconds=seconds,
         interrupted=outcome.interrupted,
         parts=of.parts,
+        density=density,
     )
 
 

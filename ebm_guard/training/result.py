@@ -14,6 +14,7 @@ from ebm_guard.files import replace_file
 from ebm_guard.gate import Guard
 from ebm_guard.model.wrappers import unwrapped
 from ebm_guard.training.acceptance import Acceptance
+from ebm_guard.training.density.record import DENSITY_FILE, EnergyDensity
 from ebm_guard.training.history import HISTORY_FILE, Line, plain, write_history
 from ebm_guard.training.selection import ValidationParts
 
@@ -60,6 +61,7 @@ class FinetuneResult:
     seconds: float
     interrupted: bool
     parts: ValidationParts = field(repr=False)
+    density: EnergyDensity | None = None
 
     @property
     def accepted(self) -> bool:
@@ -80,12 +82,13 @@ class FinetuneResult:
                 "seconds": round(self.seconds, 3),
                 "interrupted": self.interrupted,
                 "has_candidate": self.candidate is not None,
+                "density": None if self.density is None else self.density.to_dict(),
             }
         )
         return facts
 
     def save(self, folder: str | Path) -> Path:
-        """Write the winner: weights, guard, history and facts.
+        """Write the winner: weights, guard, history, facts, and a density where one is offered.
 
         ``weights.safetensors`` holds the weights of the plain model, and loads into the user's own,
         also inside DataParallel or ``torch.compile``:
@@ -110,6 +113,11 @@ class FinetuneResult:
             save_file(state, new)
         self.guard.save(folder / GUARD_FILE)
         write_history(folder / HISTORY_FILE, self.history)
+        if self.density is not None and self.density.offered:
+            self.density.save(folder / DENSITY_FILE)
+        else:
+            # One of an earlier run into this folder would belong to other weights.
+            (folder / DENSITY_FILE).unlink(missing_ok=True)
         with replace_file(folder / FACTS_FILE) as new:
             text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
             new.write_text(text + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ebm_guard.report.render import editing_view, finetune_view, sample_view
+from ebm_guard.report.render import density_view, editing_view, finetune_view, sample_view
 from ebm_guard.report.render import format as fmt
 from ebm_guard.report.render.view import SIGNS
 
@@ -40,6 +40,9 @@ def render_finetune_terminal(report: Mapping[str, Any], console: Console) -> Non
     for name, item, kind in finetune_view.changed(report, better=False):
         changed = finetune_view.difference(item["difference"], kind)
         console.print(Text.assemble(("✗ worse: ", "red"), f"{name}, {changed}"))
+    if finetune_view.ran(report["density"]):
+        console.print()
+        console.print(Text(density_view.density_sentence(report["density"])))
     console.print()
 
 

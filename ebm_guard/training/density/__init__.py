@@ -1,0 +1,1 @@
+"""Densities that fine-tuning learns: where they live, how they are checked, what is offered."""
