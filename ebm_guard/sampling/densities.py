@@ -203,7 +203,7 @@ class GaussianMixture(KnownDensity):
 
 
 class TruncatedNormalMixture(KnownDensity):
-    """Mix products of normals that are cut off at the edges of [0, 1]: a density on a box of pixels.
+    """Mix products of normals cut off at the edges of [0, 1]: a density on a box of pixels.
 
     q(x) = sum_k w_k prod_d N(x_d; m_kd, s_kd) / (Phi((1 - m_kd)/s_kd) - Phi(-m_kd/s_kd)) inside
     the box, 0 outside. Pixels are independent given the component.
