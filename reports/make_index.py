@@ -35,9 +35,11 @@ REST = """
 Scripts, results with seeds and environment, and a page for each: [fashion_mnist](finetune/fashion_mnist/README.md)
 (every objective, three seeds), [cifar10_resnet20](finetune/cifar10_resnet20/README.md) and the same with
 [400 updates](finetune/cifar10_resnet20_400/README.md) (`--updates 400 --output ...`),
-[mnist0to7_densenet](finetune/mnist0to7_densenet/README.md) (against a published fine-tuned net).
+[mnist0to7_densenet](finetune/mnist0to7_densenet/README.md) (against a published fine-tuned net),
+[energy_family](finetune/energy_family/README.md) (every objective, class loss and regulariser, three seeds),
+[semi_supervised](finetune/semi_supervised/README.md) (100 and 1,000 labels).
 
-Other folders: [demo_classifier](demo_classifier/README.md) (the embedded demo's network, by seed),
+Other folders: [ensemble](ensemble/README.md) (two CIFAR-10 networks as one energy), [demo_classifier](demo_classifier/README.md) (the embedded demo's network, by seed),
 [timm_sweep](timm_sweep/README.md) (one model of every timm module), [benchmarks](benchmarks) (ratios).
 """
 
