@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,22 +170,21 @@ def class_energy(
         tensor([-3., -1.])
     """
     energies = joint_energy(logits)
-    for name, classes in (("all_of", all_of), ("any_of", any_of), ("none_of", none_of)):
-        if not all(0 <= int(label) < logits.shape[1] for label in classes):
-            raise InvalidInputError(
-                f"got {name} {list(classes)} for {logits.shape[1]} classes; needed labels in "
-                f"0..{logits.shape[1] - 1}"
-            )
-    parts = [energies[:, label] for label in all_of]
-    if any_of:
-        parts.append(disjunction(*(energies[:, label] for label in any_of)))
+    count = logits.shape[1]
+    every, some, none = (
+        _labels(name, classes, count)
+        for name, classes in (("all_of", all_of), ("any_of", any_of), ("none_of", none_of))
+    )
+    parts = [energies[:, label] for label in every]
+    if some:
+        parts.append(disjunction(*(energies[:, label] for label in some)))
     if not parts:
         raise InvalidInputError(
             "got no class in all_of and any_of; needed at least one: an energy of 'not b' alone "
             "has no bound from below"
         )
     found = conjunction(*parts)
-    for label in none_of:
+    for label in none:
         found = negation(found, energies[:, label], alpha)
     return found
 
@@ -192,7 +193,24 @@ def _stacked(energies: Sequence[Tensor]) -> Tensor:
     shapes = [tuple(energy.shape) for energy in energies]
     if not shapes or len(set(shapes)) > 1:
         raise InvalidInputError(f"got energies of shapes {shapes}; needed one or more of one shape")
+    kinds = {energy.dtype for energy in energies if not energy.is_floating_point()}
+    if kinds:
+        raise InvalidInputError(f"got energies of dtype {kinds.pop()}; needed floating tensors")
     return torch.stack(list(energies))
+
+
+def _labels(name: str, classes: Any, count: int) -> list[int]:
+    """Return classes as a list of whole numbers; a tensor or an array may hold them too."""
+    given = classes.tolist() if hasattr(classes, "tolist") else classes
+    listed = list(given) if isinstance(given, (list, tuple, set, frozenset, range)) else None
+    if listed is None or not all(
+        isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < count
+        for label in listed
+    ):
+        raise InvalidInputError(
+            f"got {name}={classes!r} for {count} classes; needed a list of labels in 0..{count - 1}"
+        )
+    return [int(label) for label in listed]
 
 
 def _numbers(values: Sequence[float], count: int, words: str, above: float) -> list[float]:

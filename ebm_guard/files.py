@@ -117,7 +117,8 @@ def expanded(text: str | Path) -> Path:
         'path'
     """
     path = Path(os.path.expandvars(text))
-    with suppress(RuntimeError):
+    # A null byte is no home either; who opens the path says what is wrong with it.
+    with suppress(RuntimeError, ValueError):
         path = path.expanduser()
     return path
 

@@ -49,8 +49,10 @@ def lowest_energy_labels(logits: Tensor, k: int = 1) -> RankedLabels:
     """
     energies = joint_energy(logits)
     count = logits.shape[1]
-    if not 1 <= k <= count:
-        raise InvalidInputError(f"got k = {k} for {count} classes; needed 1 to {count}")
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= count:
+        raise InvalidInputError(
+            f"got k={k!r} for {count} classes; needed 1 to {count}"
+        )
     order = energies.argsort(dim=1, stable=True)[:, :k]
     return RankedLabels(order, energies.gather(1, order))
 
@@ -72,7 +74,10 @@ def rank_labels(logits: Tensor, labels: Tensor | Sequence[int]) -> RankedLabels:
         tensor([[2, 0]])
     """
     energies = joint_energy(logits)
-    wanted = torch.as_tensor(labels, device=logits.device)
+    try:
+        wanted = torch.as_tensor(labels, device=logits.device)
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"got labels {labels!r}: {error}; needed whole numbers") from None
     if wanted.ndim == 1:
         wanted = wanted.expand(len(logits), -1)
     right = wanted.ndim == 2 and len(wanted) == len(logits) and wanted.shape[1] > 0

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import jsonschema
 import numpy as np
@@ -144,6 +145,9 @@ def test_chains_can_be_told_the_class_and_choose_steps_that_fit_the_noise():
         (["--data", "demo:", "--inpaint", "5000"], "450 images"),
         (["--data", "demo:", "--denoise", "451"], "450 images"),
         (["--data", "demo:", "--inpaint", "2", "--hole", "1"], "0<x<1"),
+        (["--data", "demo:", "--denoise", "2", "--hole", "0.3"], "--hole without --inpaint"),
+        (["--data", "demo:", "--inpaint", "2", "--noise-std", "1"], "without --denoise"),
+        (["--data", "demo:", "--conditional"], "--conditional without"),
         (["--data", "demo:", "--denoise", "2", "--noise-std", "0"], "x>0"),
     ],
 )
@@ -243,7 +247,20 @@ def test_a_morph_is_told_in_words(near, after, moved, words):
         assert each in section.sentence
     assert section.moved_end.value == pytest.approx(np.mean(moved))
     assert section.arrived.value == 1.0
-    assert sections.morph_section(way_of(near, after, moved, predicted=0)).arrived.value == 0.0
+    none_arrived = sections.morph_section(way_of(near, after, moved, predicted=0))
+    assert none_arrived.arrived.value == 0.0
+    assert "adversarial" not in none_arrived.sentence
+
+
+def test_chains_that_stand_still_say_nothing_of_the_energy():
+    made = replace(
+        made_of(Denoised, [0.1, 0.11, 0.12]),
+        trace=replace(trace_of(3), acceptance=torch.tensor([0.0, 0.01])),
+    )
+    section = sections.denoising_section(made)
+    assert section.acceptance == pytest.approx(0.005)
+    assert "hardly moved" in section.sentence
+    assert "nearer" not in section.sentence
 
 
 # --- pictures

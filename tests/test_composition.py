@@ -182,3 +182,21 @@ def test_the_density_has_its_limits():
     logits = torch.tensor([[1.0, 3.0, 2.0]])
     assert torch.allclose(label_density(logits, 1e-3), torch.tensor([[0.0, 1.0, 0.0]]))
     assert torch.allclose(label_density(logits, 1e6), torch.full((1, 3), 1 / 3))
+
+
+def test_classes_may_be_a_tensor_an_array_or_a_range():
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    expected = class_energy(logits, all_of=[1], any_of=[0])
+    for listed in (torch.tensor([0]), np.array([0]), range(1), (0,)):
+        assert torch.equal(class_energy(logits, all_of=[1], any_of=listed), expected)
+
+
+@pytest.mark.parametrize("given", [[1.7], 1, ["a"], [True], torch.tensor(1)])
+def test_classes_that_are_no_labels_are_refused(given):
+    with pytest.raises(InvalidInputError, match="needed a list of labels in"):
+        class_energy(torch.zeros(2, 3), all_of=given)
+
+
+def test_whole_numbers_are_no_energies():
+    with pytest.raises(InvalidInputError, match="floating"):
+        product([torch.tensor([1]), torch.tensor([2])], [0.5, 0.5])

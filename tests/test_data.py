@@ -161,6 +161,7 @@ PIECES = st.sampled_from(
 )
 
 
+@example("logits:~\0")
 @settings(max_examples=400, deadline=None)
 @given(st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=9).map("".join)))
 @example("npz:a[-:]")

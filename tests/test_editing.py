@@ -358,3 +358,36 @@ def test_frames_are_spread_from_start_to_end():
     assert frame_steps(1, 9) == (0, 1)
     assert frame_steps(7, 1) == (7,)
     assert frame_steps(0, 4) == (0,)
+
+
+def classifier_of_small_net():
+    return EnergyClassifier(small_net(), preprocessing=Preprocessing((0.5,) * 3, (0.5,) * 3))
+
+
+@pytest.mark.parametrize("name", ["mala", "hmc"])
+def test_samplers_by_name_take_steps_that_fit_small_noise(name):
+    images = pixels_of(4)
+    found = denoise(classifier_of_small_net(), images, noise_std=0.01, sampler=name)
+    assert float(found.trace.acceptance.mean()) > 0.2
+    assert not torch.equal(found.pixels["chains"], found.pixels["given"])
+
+
+@pytest.mark.parametrize("labels", [[-1, 0], [0, 99], [True, False], [0.0, 1.0]])
+def test_labels_that_are_no_classes_are_refused(labels):
+    images = pixels_of(2)
+    with pytest.raises(InvalidInputError, match="got labels"):
+        inpaint(
+            classifier_of_small_net(),
+            images,
+            centre_mask(8, 8, 0.5),
+            torch.tensor(labels),
+            conditional=True,
+        )
+
+
+def test_labels_of_bytes_are_taken():
+    images = pixels_of(2)
+    labels = torch.tensor([0, 1], dtype=torch.uint8)
+    known = centre_mask(8, 8, 0.5)
+    found = inpaint(classifier_of_small_net(), images, known, labels, conditional=True, num_steps=1)
+    assert found.labels.dtype == torch.int64

@@ -7,6 +7,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
+from torch import nn
 from toys import Moody, Pixels, inputs_of, labelled, linear
 
 import ebm_guard
@@ -286,3 +287,20 @@ def test_class_names_are_taken_over():
     assert EnergyClassifier(ensemble).classes == ("a", "b")
     assert EnergyClassifier(ensemble).name == "product of Named, Named"
     assert "fitted=False" in repr(ensemble)
+
+
+def test_the_state_of_another_combination_is_refused():
+    members = [nn.Linear(4, 3).eval(), nn.Linear(4, 3).eval()]
+    fitted = EnergyEnsemble(members).fit([torch.randn(20, 4)])
+    other = EnergyEnsemble(members, combine="mixture")
+    with pytest.raises(InvalidInputError, match="state of a product for a mixture"):
+        other.load_state_dict(fitted.state_dict())
+    hashes = [
+        EnergyClassifier(each).weights_hash() for each in (fitted, other.fit([torch.randn(20, 4)]))
+    ]
+    assert hashes[0] != hashes[1]
+
+
+def test_one_model_is_no_list_of_members():
+    with pytest.raises(InvalidInputError, match="needed a list of two or more"):
+        EnergyEnsemble(nn.Linear(4, 3).eval())

@@ -42,14 +42,21 @@ def test_every_image_comes_once_before_any_comes_twice(n, known, size, share, se
     assert np.array_equal(again.rows(3, attempt=1), order.rows(3, attempt=1))
 
 
-@given(size=st.sampled_from([4, 8, 64]), share=st.floats(0.05, 1), parts=st.sampled_from([2, 4]))
-def test_every_process_has_its_share_of_the_labelled(size, share, parts):
-    own, others = shares(size, share)
-    rows = Order(1000, np.arange(300), size, share, seed=0).rows(0)
+@given(size=st.sampled_from([8, 24, 64]), share=st.floats(0.01, 1), parts=st.sampled_from([2, 4]))
+def test_every_process_has_as_many_labelled_images(size, share, parts):
+    # Else the mean over the processes of their means is not the mean.
+    own, others = shares(size, share, parts)
+    rows = Order(1000, np.arange(300), size, share, seed=0, processes=parts).rows(0)
     assert (rows < 300).sum() == own
     assert own + others == size
-    counts = [(part < 300).sum() for part in np.split(rows, parts)]
-    assert max(counts) - min(counts) <= 1
+    counts = {int((part < 300).sum()) for part in np.split(rows, parts)}
+    assert counts == {own // parts}
+    assert 0 < own // parts < size // parts
+
+
+def test_a_batch_too_small_for_the_processes_is_refused():
+    with pytest.raises(InvalidInputError, match="batch_size=2 for 2 processes"):
+        Order(4, np.array([0]), 2, 0.5, 0, processes=2)
 
 
 def test_without_unlabelled_images_the_order_is_the_one_of_a_single_stream():
@@ -138,3 +145,29 @@ def test_labels_that_are_needed_are_asked_for():
     images, labels = demo_parts(labels=1)
     with pytest.raises(DataError, match=r"1 of .* images have a label"):
         quick(train=(images, labels), updates=2)
+
+
+def test_epochs_count_the_images_with_a_label():
+    images, labels = demo_parts(labels=64)
+    result = quick(train=(images, labels), epochs=2, batch_size=16)
+    # 8 of 16 have a label: 64 images twice take 16 updates.
+    assert result.settings["updates"] == 16
+
+
+def test_unlabelled_images_that_are_labelled_too_are_counted():
+    images, labels = demo_parts()
+    result = quick(train=(images[:60], labels[:60]), unlabelled=images[40:100], updates=2)
+    assert any("20 of the images without label are among those" in line for line in result.story)
+
+
+def test_entropy_without_unlabelled_images_says_that_it_waits_in_vain():
+    result = quick(updates=2, regularisers="entropy")
+    assert any(
+        "entropy acts on images without label, and there are none" in x for x in result.story
+    )
+
+
+@pytest.mark.parametrize("given", [None, 3, {"dsm": 1}])
+def test_regularisers_are_names_in_a_list(given):
+    with pytest.raises(InvalidInputError, match="in a list"):
+        quick(updates=2, regularisers=given)

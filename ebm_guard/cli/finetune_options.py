@@ -111,7 +111,7 @@ _TRAINING_OPTIONS = (
     click.option(
         "--epochs",
         type=click.FloatRange(min=0, min_open=True),
-        help="Passes over --train-data, instead of --updates.",
+        help="Passes over the images with a label, instead of --updates.",
     ),
     click.option(
         "--lr",

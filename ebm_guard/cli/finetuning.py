@@ -323,8 +323,11 @@ def _check_own_rows(images: Mapping[str, TrainingImages]) -> None:
     if own is None:
         return
     hashes = own.hashes()
-    for name, option in ((TRAIN, "--train-data"), (VALIDATION, "--val-data")):
-        other = images[name]
+    seen = {TRAIN: "--train-data", VALIDATION: "--val-data", UNLABELLED: "--unlabelled"}
+    for name, option in seen.items():
+        other = images.get(name)
+        if other is None:
+            continue
         few = None if other.in_memory else np.arange(min(len(other), _COMPARED), dtype=np.int64)
         warning = check_disjoint(hashes, other.hashes(few), ("--data", option))
         if warning is not None:

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ebm_guard.cli.options import SPEC_HELP, ModelOptions, json_option, model_options
-from ebm_guard.cli.sample_editing import EditOptions, check_edits, edit_options, run_edits
+from ebm_guard.cli.sample_editing import (
+    EditOptions,
+    check_edit_rows,
+    check_edits,
+    edit_options,
+    run_edits,
+)
 
 if TYPE_CHECKING:
     from ebm_guard.cli.session import Session
@@ -115,6 +121,8 @@ def command(
         session = Session(options, [] if data is None else [data])
         known = None if data is None else session.predictions(data, "evaluation", "starts")
         given, runner = _given(session, known), _sampler(sampler, steps, step_size)
+        if known is not None:
+            check_edit_rows(edits, session.require_classifier(), given, known.num_classes)
         with model_errors("sampling"):
             sheet = sample(
                 session.require_classifier(),

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Pictures of the chains along their way.
 _FRAMES = 13
+_HOLE, _NOISE_STD = 0.5, 0.1
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,16 @@ class EditOptions:
         inpaint: images to hide a part of, or None.
         denoise: images to add noise to, or None.
         morph: two classes, as given, or None.
-        hole: share of each side that is hidden.
-        noise_std: of the noise.
+        hole: share of each side that is hidden, or None for a half.
+        noise_std: of the noise, or None for 0.1.
         conditional: whether chains are told the true class.
     """
 
     inpaint: int | None
     denoise: int | None
     morph: str | None
-    hole: float
-    noise_std: float
+    hole: float | None
+    noise_std: float | None
     conditional: bool
 
     @property
@@ -64,16 +65,12 @@ _OPTIONS: tuple[Callable[[Command], Command], ...] = (
     click.option(
         "--hole",
         type=click.FloatRange(0, 1, min_open=True, max_open=True),
-        default=0.5,
-        show_default=True,
-        help="Share of each side that --inpaint hides.",
+        help="Share of each side that --inpaint hides; default: 0.5.",
     ),
     click.option(
         "--noise-std",
         type=click.FloatRange(min=0, min_open=True),
-        default=0.1,
-        show_default=True,
-        help="Noise of --denoise, for pixels in [0, 1].",
+        help="Noise of --denoise, for pixels in [0, 1]; default: 0.1.",
     ),
     click.option(
         "--conditional",
@@ -89,13 +86,21 @@ def edit_options(command: Command) -> Command:
 
 
 def check_edits(edits: EditOptions, data: str | None) -> None:
-    """Refuse edits that no images are given for.
+    """Refuse edits that no images are given for, and settings of edits that are not asked for.
 
     Raises:
-        InvalidInputError: no --data, or --morph does not name two classes.
+        InvalidInputError: no --data, --morph does not name two classes, or an option is idle.
     """
     from ebm_guard.errors import InvalidInputError
 
+    damaged = edits.inpaint is not None or edits.denoise is not None
+    for option, given, needed, there in (
+        ("--hole", edits.hole is not None, "--inpaint N", edits.inpaint is not None),
+        ("--noise-std", edits.noise_std is not None, "--denoise N", edits.denoise is not None),
+        ("--conditional", edits.conditional, "--inpaint N or --denoise N", damaged),
+    ):
+        if given and not there:
+            raise InvalidInputError(f"got {option} without {needed}; add it, or leave {option} out")
     if data is None and (edits.inpaint is not None or edits.denoise is not None):
         raise InvalidInputError("got --inpaint or --denoise without --data; give labelled images")
     if edits.morph is not None and len(_pair(edits.morph)) != 2:
@@ -104,6 +109,27 @@ def check_edits(edits: EditOptions, data: str | None) -> None:
 
 def _pair(text: str) -> list[str]:
     return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def check_edit_rows(
+    edits: EditOptions, classifier: EnergyClassifier, given: Mapping[str, Any], num_classes: int
+) -> None:
+    """Refuse edits that these images or classes do not allow, before any chain is run.
+
+    Raises:
+        InvalidInputError: more images than there are, or classes that the model does not have.
+    """
+    from ebm_guard.errors import InvalidInputError
+    from ebm_guard.sampling.subject import class_numbers
+
+    for option, count in (("--inpaint", edits.inpaint), ("--denoise", edits.denoise)):
+        if count is not None and count > len(given["images"]):
+            raise InvalidInputError(
+                f"got {option} {count} and {len(given['images'])} images (2,000 are read at most); "
+                "ask for fewer"
+            )
+    if edits.morph is not None:
+        class_numbers(_pair(edits.morph), classifier, num_classes)
 
 
 def run_edits(
@@ -124,7 +150,7 @@ def run_edits(
         classifier: the wrapped model.
         given: ``images`` and ``labels``, or nothing.
         sampler: of the command.
-        name: of the sampler: denoising by SGLD chooses a step that fits the noise.
+        name: of the sampler: denoising chooses a step that fits the noise.
         step_size: as given, or None.
         num_chains: of a morph.
         seed: of all random numbers.
@@ -137,20 +163,20 @@ def run_edits(
     shown: dict[str, EditPictures] = {}
     common: dict[str, Any] = {"conditional": edits.conditional, "num_frames": _FRAMES, "seed": seed}
     if edits.inpaint is not None:
-        images, labels = _rows(given, edits.inpaint, "--inpaint", seed)
-        known = centre_mask(images.shape[2], images.shape[3], edits.hole)
+        images, labels = _rows(given, edits.inpaint, seed)
+        known = centre_mask(images.shape[2], images.shape[3], edits.hole or _HOLE)
         filled = inpaint(classifier, images, known, labels, sampler=sampler, **common)
         parts["inpainting"] = sections.inpainting_section(filled)
         names = _names(classifier, labels, filled.predicted["chains"])
         shown["inpainting"] = pictures.inpainting_pictures(filled, names)
     if edits.denoise is not None:
-        images, labels = _rows(given, edits.denoise, "--denoise", seed)
-        by_name = name.startswith("sgld") and step_size is None
+        images, labels = _rows(given, edits.denoise, seed)
+        by_name = step_size is None
         clean = denoise(
             classifier,
             images,
             labels,
-            noise_std=edits.noise_std,
+            noise_std=edits.noise_std or _NOISE_STD,
             sampler=name if by_name else sampler,
             num_steps=sampler.num_steps,
             **common,
@@ -166,17 +192,11 @@ def run_edits(
     return parts, shown
 
 
-def _rows(given: Mapping[str, Any], count: int, option: str, seed: int) -> tuple[Any, Any]:
+def _rows(given: Mapping[str, Any], count: int, seed: int) -> tuple[Any, Any]:
     """Choose random images with their labels."""
     import torch
 
-    from ebm_guard.errors import InvalidInputError
-
     images, labels = given["images"], given["labels"]
-    if count > len(images):
-        raise InvalidInputError(
-            f"got {option} {count} and {len(images)} images (2,000 are read at most); ask for fewer"
-        )
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
     return images[order], labels[order]
 

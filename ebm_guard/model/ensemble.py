@@ -76,6 +76,7 @@ class EnergyEnsemble(KeepDouble):
         torch.Size([2, 3])
     """
 
+    combination: Tensor
     energy_mean: Tensor
     energy_std: Tensor
     temperatures: Tensor
@@ -90,6 +91,10 @@ class EnergyEnsemble(KeepDouble):
         temperatures: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(members, Sequence):
+            raise InvalidInputError(
+                f"got a {type(members).__name__} as members; needed a list of two or more"
+            )
         if combine not in COMBINATIONS:
             raise InvalidInputError(
                 f"got combine {combine!r}; needed {' or '.join(COMBINATIONS)}"
@@ -109,6 +114,8 @@ class EnergyEnsemble(KeepDouble):
         preprocessing = _common_pixels(self._classifiers)
         self.pretrained_cfg = _config(self._classifiers, combine, names, preprocessing)
         count = len(self._classifiers)
+        # With the weights and in their hash: the same numbers mean another model when mixed.
+        self.register_buffer("combination", torch.tensor(COMBINATIONS.index(combine)))
         for name, values in (("weights", weights), ("temperatures", temperatures)):
             self.register_buffer(name, _positive(name, values, count))
         for name in ("energy_mean", "energy_std"):
@@ -222,6 +229,15 @@ class EnergyEnsemble(KeepDouble):
     def extra_repr(self) -> str:
         """Say how the members are combined, for ``print``."""
         return f"combine={self.combine!r}, fitted={self.fitted}"
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        stored = state.get(f"{prefix}combination")
+        if stored is not None and int(stored) != COMBINATIONS.index(self.combine):
+            raise InvalidInputError(
+                f"got the state of a {COMBINATIONS[int(stored)]} for a {self.combine}; make the "
+                f"ensemble with combine={COMBINATIONS[int(stored)]!r}"
+            )
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def _standardise(self, energies: list[Tensor]) -> Self:
         for member, values in zip(self._classifiers, energies, strict=True):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 STAGES = ("truth", "given", "trivial", "chains")
 LEVELS = (0.05, 0.5, 0.95)
+# Below this share of accepted proposals, chains stay where they start.
+_FROZEN = 0.05
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class EditedSection(Record):
         below_truth: share of the images whose chains end at a lower energy than the truth has.
         named: share named as labelled by stage, or None without labels.
         rows: for each image its label, and by stage the measure, E(x) and the class named.
+        acceptance: share of the proposals that the sampler accepted; None where it rejects none.
         settings: of the chains.
     """
 
@@ -52,6 +55,7 @@ class EditedSection(Record):
     below_truth: Metric
     named: Mapping[str, Metric] | None
     rows: list[dict[str, Any]]
+    acceptance: float | None
     settings: Mapping[str, Any]
 
 
@@ -132,6 +136,8 @@ def _section(
     }
     means = {name: mean(part) for name, part in errors.items()}
     below_truth = proportion(int(below.sum()), len(below))
+    steps = made.trace.acceptance
+    accepted = None if steps is None or not len(steps) else float(steps.mean())
     rows = [
         {
             "label": None if labels is None else labels[row],
@@ -143,7 +149,7 @@ def _section(
     ]
     return EditedSection(
         n=len(below),
-        sentence=_edit_sentence(measure, means, difference, better, below_truth),
+        sentence=_edit_sentence(measure, means, difference, better, below_truth, accepted),
         measure=measure,
         errors=means,
         difference=difference,
@@ -152,6 +158,7 @@ def _section(
         below_truth=below_truth,
         named=named or None,
         rows=rows,
+        acceptance=accepted,
         settings=plain(made.settings),
     )
 
@@ -162,6 +169,7 @@ def _edit_sentence(
     difference: Metric,
     better: bool | None,
     below: Metric,
+    accepted: float | None,
 ) -> str:
     inpainted = measure == "rmse"
     what = "the fill" if inpainted else "the filter"
@@ -186,6 +194,11 @@ def _edit_sentence(
         False: f"{what}, which knows nothing of the net, is nearer to the true images",
         None: f"no difference between the chains and {what} is shown by {difference.n} images",
     }[better]
+    if accepted is not None and accepted < _FROZEN:
+        return (
+            f"{compared}. The chains hardly moved: {100 * accepted:.1f} % of their proposals were "
+            "accepted, so this says nothing about the energy. Take smaller steps."
+        )
     more = f" {100 * below.value:.0f} % of the chains end at a lower energy than the true image has"
     if below.value >= 0.5:
         more += ": the net finds what it made itself more familiar than the truth"
@@ -197,18 +210,19 @@ def morph_section(made: Morph) -> MorphSection:
     chains = made.frames.shape[1]
     moved = _array(made.moved)
     nearest = nearest_end = difference = None
-    shorter: bool | None = None
+    shorter = False
     if made.nearest_b is not None and made.nearest_b_end is not None:
         near, after = _array(made.nearest_b), _array(made.nearest_b_end)
         nearest, nearest_end, difference = mean(near), mean(after), mean(after - near)
-        shorter = _sign(mean(near - moved[-1]))
+        there = (made.predicted[-1] == made.b).numpy()
+        shorter = int(there.sum()) > 1 and _sign(mean((near - moved[-1])[there])) is True
     arrived = proportion(int((made.predicted[-1] == made.b).sum()), chains)
     end = mean(moved[-1])
     said = _morph_sentence(made.names, arrived, end)
     if nearest is None or nearest_end is None or difference is None:
         said += " No real images were given to compare the distance with."
     else:
-        said += _near_sentence(made.names[1], nearest, nearest_end, difference, shorter is True)
+        said += _near_sentence(made.names[1], nearest, nearest_end, difference, shorter)
     return MorphSection(
         n=chains,
         sentence=said,
@@ -253,7 +267,10 @@ def _near_sentence(
         f"and {nearest_end.value:.3f} from where they ended: {verdict}."
     )
     if shorter:
-        said += " They moved by less than the way to a real image, as adversarial examples do."
+        said += (
+            " The chains that arrived moved by less than the way to a real image, as adversarial "
+            "examples do."
+        )
     return said
 
 

@@ -27,6 +27,7 @@ from ebm_guard.sampling.sampler import Chains, EnergyFunction, Sampler, Samples,
 from ebm_guard.sampling.sgld import SGLD, noise_like
 from ebm_guard.sampling.subject import (
     check_labels,
+    check_range,
     class_energy,
     classifier_of,
     joined_trace,
@@ -121,7 +122,7 @@ def inpaint(
     found = run(batch, stages | {"given": given, "trivial": fill}, _batches(known, batch_size))
     hidden = (~known).float().mean()
     settings = run.settings() | {"start": start, "hidden_share": float(hidden)}
-    return Inpainted(**found, labels=labels, settings=settings, known=known.contiguous())
+    return Inpainted(**found, labels=run.labels, settings=settings, known=known.contiguous())
 
 
 def denoise(
@@ -152,9 +153,9 @@ def denoise(
         noisy: (N, C, H, W), the images with their noise, not clamped; default: noise is added to
             ``images``. One of the two is needed.
         conditional: go down E(x, y) of the labels, not E(x).
-        sampler: as in :func:`inpaint`. The pull has the curvature 1 / noise_std^2; SGLD given by
-            name gets a step that fits it: noise_std^2 / 2 where its own is larger (with
-            ``sgld:langevin``: noise_std^2).
+        sampler: as in :func:`inpaint`. The pull has the curvature 1 / noise_std^2; a sampler given
+            by name gets a step that fits it where its own is larger: noise_std^2 / 2 for SGLD (with
+            ``sgld:langevin``: noise_std^2), noise_std^2 / 10 for MALA, noise_std / 10 for HMC.
         num_steps: default: the sampler's own.
         num_frames: pictures of the chains along their way to keep, 0 for none.
         batch_size: chains that run together.
@@ -208,7 +209,7 @@ def denoise(
     rows = torch.split(torch.arange(len(base)), check_whole("batch_size", batch_size, 1))
     found = run(batch, stages | {"given": given, "trivial": filtered}, iter(rows))
     settings = run.settings() | {"noise_std": std}
-    return Denoised(**found, labels=labels, settings=settings, noise_std=std)
+    return Denoised(**found, labels=run.labels, settings=settings, noise_std=std)
 
 
 class _Run:
@@ -232,6 +233,7 @@ class _Run:
         if not len(images):
             raise InvalidInputError("got no images; needed at least one")
         check_labels(images, labels)
+        labels = None if labels is None else labels.long()
         if conditional and labels is None:
             raise InvalidInputError("conditional=True needs labels=: the class of each image")
         self.images, self.labels, self.conditional = images, labels, conditional
@@ -256,6 +258,7 @@ class _Run:
         frames = torch.empty(len(self.wanted), *ends.shape) if self.wanted else None
         with untouched(self.classifier.model, self.seed):
             net = SamplingNet(self.classifier, self.images[:_PROBE].float())
+            check_range(self.labels, net(self.images[:1].float()).logits.shape[1])
             order, parts = [], []
             for mine in rows:
                 ids = None if self.labels is None else self.labels.cpu()[mine]
@@ -317,14 +320,14 @@ def _batch_of(parts: list[Samples]) -> int:
 def _fitting(sampler: str | Sampler, std: float) -> Sampler:
     """Build a sampler whose steps fit the pull to the noisy image."""
     built: Sampler
-    if isinstance(sampler, str) and sampler.startswith("sgld"):
-        # Half of the largest curvature's inverse: the pull alone is gone after a few steps.
-        if sampler == "sgld:langevin":
-            return pixel_sampler(sampler, step_size=std**2)
-        built = pixel_sampler(sampler)
-        step = getattr(built, "step_size", math.inf)
-        return pixel_sampler(sampler, step_size=min(step, std**2 / 2))
+    if sampler == "sgld:langevin":
+        return pixel_sampler(sampler, step_size=std**2)
     built = pixel_sampler(sampler)
+    if isinstance(sampler, str):
+        # SGLD: half of the largest curvature's inverse, so that the pull alone is gone after a
+        # few steps. The others reject what overshoots in any of hundreds of values.
+        most = {"mala": std**2 / 10, "hmc": std / 10}.get(sampler, std**2 / 2)
+        return pixel_sampler(sampler, step_size=min(getattr(built, "step_size", math.inf), most))
     if isinstance(built, SGLD) and built.step_size >= 2 * std**2:
         raise InvalidInputError(
             f"got step_size={built.step_size:g} of SGLD with noise_std={std:g}; steps of "

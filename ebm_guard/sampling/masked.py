@@ -100,8 +100,7 @@ def run_masked(
         ModelOutputError: an energy or a gradient is not finite.
 
     References:
-        Neal, MCMC Using Hamiltonian Dynamics, 2011, section 5.2, for what stays invariant: here
-        with the conditional density as target.
+        Neal, MCMC Using Hamiltonian Dynamics, 2011: here with the conditional density as target.
 
     Example:
         >>> from ebm_guard.sampling import MALA

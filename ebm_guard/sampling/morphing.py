@@ -143,6 +143,7 @@ def morph(
     runner = pixel_sampler(sampler)
     steps = runner.num_steps if num_steps is None else check_whole("num_steps", num_steps)
     check_labels(images, labels)
+    labels = None if labels is None else labels.long()
     shape = image_shape(classifier, images, image_size)
     forward = pixel_forward(classifier)
     generator = torch.Generator(device=classifier.device or "cpu").manual_seed(seed)

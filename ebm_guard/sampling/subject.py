@@ -110,7 +110,10 @@ def check_labels(images: Any, labels: Any) -> None:
     """
     if labels is None:
         return
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+    whole = isinstance(labels, Tensor) and not (
+        labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    )
+    if not whole or labels.ndim != 1:
         came = (
             f"{labels.dtype} of shape {tuple(labels.shape)}"
             if isinstance(labels, Tensor)
@@ -120,6 +123,25 @@ def check_labels(images: Any, labels: Any) -> None:
     if isinstance(images, Tensor) and len(images) != len(labels):
         raise InvalidInputError(
             f"got {len(images)} images and {len(labels)} labels; needed one label per image"
+        )
+
+
+def check_range(labels: Tensor | None, count: int) -> None:
+    """Refuse labels that are no class of the model.
+
+    Raises:
+        InvalidInputError: outside 0..C-1, such as the -1 of an image without label.
+
+    Example:
+        >>> check_range(torch.tensor([0, 2]), 3)
+    """
+    if labels is None or not len(labels):
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= count:
+        raise InvalidInputError(
+            f"got labels in {low}..{high}; the classes are 0..{count - 1}"
+            + (". A label of -1 means none: leave these images out" if low < 0 else "")
         )
 
 

@@ -16,9 +16,10 @@ from ebm_guard.training.class_losses import ClassLoss
 from ebm_guard.training.distributed import world_of
 from ebm_guard.training.finishing import finish
 from ebm_guard.training.history import Line
-from ebm_guard.training.images import Images, as_training_images
+from ebm_guard.training.images import Images, TrainingImages, as_training_images
 from ebm_guard.training.objectives import Objective
 from ebm_guard.training.options import FineTuneOptions
+from ebm_guard.training.order import shares
 from ebm_guard.training.preparing import make_training_objective, prepare
 from ebm_guard.training.regularisers import Regularisers
 from ebm_guard.training.result import FinetuneResult
@@ -93,7 +94,7 @@ def finetune(
         unlabelled: more images of the same classes, without labels.
         labelled_share: of every batch, where some images have no label.
         updates: steps of the optimiser.
-        epochs: passes over ``train``, instead of ``updates``.
+        epochs: passes over the images with a label, instead of ``updates``.
         batch_size: images of an update, over all processes.
         learning_rate: highest of the schedule; default: the objective's, for AdamW.
         optimizer: ``adamw`` or ``sgd`` (Nesterov momentum 0.9).
@@ -156,7 +157,7 @@ def finetune(
     if unlabelled is not None:
         images = images.joined(as_training_images(unlabelled, classifier, "unlabelled"))
     if epochs is not None:
-        updates = _updates(epochs, len(images), batch_size)
+        updates = _updates(epochs, images, batch_size, labelled_share)
     options = FineTuneOptions(
         updates=updates,
         batch_size=batch_size,
@@ -210,7 +211,9 @@ def finetune(
         return finish(prepared, trained, time.perf_counter() - started)
 
 
-def _updates(epochs: float, rows: int, batch_size: int) -> int:
+def _updates(epochs: float, images: TrainingImages, batch_size: int, labelled_share: float) -> int:
     if not epochs > 0 or batch_size < 1:
         raise InvalidInputError(f"got epochs={epochs!r} and batch_size={batch_size!r}; both > 0")
-    return max(1, round(epochs * rows / batch_size))
+    rows = len(images.labelled)
+    each = batch_size if rows == len(images) else shares(batch_size, labelled_share)[0]
+    return max(1, round(epochs * rows / each))

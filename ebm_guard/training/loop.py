@@ -66,6 +66,7 @@ class Loop:
             options.batch_size,
             options.labelled_share,
             options.seed,
+            setup.world.size,
         )
         self._interrupted, self._stopped = False, ""
 

@@ -14,7 +14,7 @@ class Order:
     Where some images have no label, those with one and those without are two streams of their own,
     and every batch takes a fixed share of either: with 100 labels among 20,000 images, a batch
     drawn from all of them would hold none. The two are spread evenly over the batch, so that every
-    process has its share.
+    process has as many of either: means over them, averaged over the processes, are those of one.
 
     Args:
         n: number of images.
@@ -22,9 +22,10 @@ class Order:
         batch_size: images of an update, over all processes.
         labelled_share: of a batch, in (0, 1]; it has no effect where all images have a label.
         seed: of the order.
+        processes: that share a batch in equal parts, one behind the other.
 
     Raises:
-        InvalidInputError: a batch too small to hold both.
+        InvalidInputError: a batch too small to hold both for every process.
 
     Example:
         >>> Order(4, np.array([0, 2]), 4, 0.5, seed=0).rows(update=0).tolist()
@@ -32,14 +33,20 @@ class Order:
     """
 
     def __init__(
-        self, n: int, labelled: Rows, batch_size: int, labelled_share: float, seed: int
+        self,
+        n: int,
+        labelled: Rows,
+        batch_size: int,
+        labelled_share: float,
+        seed: int,
+        processes: int = 1,
     ) -> None:
         self._seed, self._size = seed, batch_size
         everything = np.arange(n, dtype=np.int64)
         if len(labelled) == n:
             self._streams = [_Stream(everything, batch_size, 0)]
             return
-        own, others = shares(batch_size, labelled_share)
+        own, others = shares(batch_size, labelled_share, processes)
         rest = np.setdiff1d(everything, labelled)
         self._streams = [_Stream(labelled.astype(np.int64), own, 0), _Stream(rest, others, 1)]
 
@@ -81,19 +88,26 @@ class _Stream:
         return self._known[1]
 
 
-def shares(batch_size: int, labelled_share: float) -> tuple[int, int]:
-    """Return how many images with and without a label a batch takes, at least one of each.
+def shares(batch_size: int, labelled_share: float, processes: int = 1) -> tuple[int, int]:
+    """Return how many images with and without a label a batch takes.
+
+    Every process has as many of either as every other, and at least one.
 
     Raises:
-        InvalidInputError: a batch of one image.
+        InvalidInputError: a batch of one image for a process.
 
     Example:
         >>> shares(64, 0.25)
         (16, 48)
+        >>> shares(8, 0.4, processes=2)
+        (4, 4)
     """
-    if batch_size < 2:
+    each = batch_size // processes
+    if each < 2:
         raise InvalidInputError(
-            "got batch_size=1, and training images without label; needed at least 2, one of either"
+            f"got batch_size={batch_size} for {processes} process{'es' if processes > 1 else ''}, "
+            f"and training images without label; needed at least {2 * processes}, one image of "
+            "either for each"
         )
-    own = min(batch_size - 1, max(1, round(labelled_share * batch_size)))
-    return own, batch_size - own
+    own = min(each - 1, max(1, round(labelled_share * each)))
+    return own * processes, (each - own) * processes

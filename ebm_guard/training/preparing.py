@@ -23,7 +23,7 @@ from ebm_guard.training.objectives import Objective, make_objective
 from ebm_guard.training.options import FineTuneOptions
 from ebm_guard.training.order import shares
 from ebm_guard.training.refit import fit_like
-from ebm_guard.training.regularisers import Regularisers, regularised
+from ebm_guard.training.regularisers import Regularised, Regularisers, regularised
 from ebm_guard.training.selection import (
     Look,
     Panel,
@@ -143,7 +143,7 @@ def prepare(
         acceptance=acceptance,
         on_selection=looks["selection"],
         on_acceptance=looks["acceptance"],
-        notes=(*notes, *_unlabelled(train, options)),
+        notes=(*notes, *_unlabelled(train, objective, options, world)),
     )
 
 
@@ -183,17 +183,31 @@ def _objective(
     return make_objective(objective, **settings)
 
 
-def _unlabelled(train: TrainingImages, options: FineTuneOptions) -> tuple[str, ...]:
-    """Say how many images have no label, and what becomes of them."""
-    labelled = len(train.labelled)
-    if labelled == len(train):
-        return ()
-    own, others = shares(options.batch_size, options.labelled_share)
+def _unlabelled(
+    train: TrainingImages, objective: Objective, options: FineTuneOptions, world: World
+) -> list[str]:
+    """Say how many images have no label, what becomes of them, and what waits for some in vain."""
+    labelled = train.labelled
+    if len(labelled) == len(train):
+        added = objective.regularisers if isinstance(objective, Regularised) else ()
+        idle = [each.name for each in added if each.needs_unlabelled]
+        return [
+            f"the regulariser {name} acts on images without label, and there are none"
+            for name in idle
+        ]
+    own, others = shares(options.batch_size, options.labelled_share, world.size)
     note = (
-        f"{len(train) - labelled:,} of {len(train):,} training images have no label: every batch "
-        f"takes {own} with a label and {others} without, which the class loss leaves out"
+        f"{len(train) - len(labelled):,} of {len(train):,} training images have no label: every "
+        f"batch takes {own} with a label and {others} without, which the class loss leaves out"
     )
-    return (note,)
+    notes = [note]
+    if train.in_memory:
+        hashes = train.hashes()
+        rest = np.setdiff1d(np.arange(len(train)), labelled)
+        twice = int(np.isin(hashes[rest], hashes[labelled]).sum())
+        if twice:
+            notes.append(f"{twice:,} of the images without label are among those with one")
+    return notes
 
 
 def _split(validation: TrainingImages, options: FineTuneOptions) -> ValidationParts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from ebm_guard.data.sources.base import Array, ImageSource, Labels
 from ebm_guard.data.specs import Spec
-from ebm_guard.errors import DataError, suggest
+from ebm_guard.errors import DataError, EbmGuardWarning, suggest
 from ebm_guard.files import DAMAGED_NPZ
 
 # What a bare `demo:` means for each option.
@@ -168,6 +169,14 @@ def _selected(
     if spec.rows is not None:
         rows = rows[spec.rows]
     if spec.classes is not None and labels is not None:
+        without = int((labels[rows] == -1).sum())
+        if without:
+            warnings.warn(
+                f"{spec.text}: {without:,} rows without label (-1) are left out by ?classes=; to "
+                "train on them give them in a set of their own, as unlabelled",
+                EbmGuardWarning,
+                stacklevel=2,
+            )
         rows = rows[np.isin(labels[rows], spec.classes)]
     if not len(rows):
         raise DataError(f"got spec {spec.text!r}, which selects none of {n} rows")

@@ -172,11 +172,15 @@ class KMeansEnergy(FeatureScore):
     ) -> None:
         super().__init__()
         self.beta = _checked_beta(beta)
-        if prototypes < 1 or sample_size < _ROWS_EACH:
-            raise InvalidInputError(
-                f"got prototypes {prototypes} and sample_size {sample_size}; needed 1 or more "
-                f"prototypes, and {_ROWS_EACH} or more rows"
-            )
+        for setting, value, least in (
+            ("prototypes", prototypes, 1),
+            ("sample_size", sample_size, _ROWS_EACH),
+            ("seed", seed, 0),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InvalidInputError(
+                    f"got {setting}={value!r}; needed a whole number >= {least}"
+                )
         self.prototypes, self.per_class, self.normalize = prototypes, per_class, normalize
         self.sample_size, self.seed = sample_size, seed
 
@@ -285,7 +289,7 @@ def _squared(centred: Tensor, centres: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _checked_beta(beta: str | float) -> str | float:
-    if beta in ("likelihood", "inf", math.inf):
+    if isinstance(beta, (str, float)) and beta in ("likelihood", "inf", math.inf):
         return "inf" if beta == math.inf else beta
     if isinstance(beta, (int, float)) and not isinstance(beta, bool) and 0 < beta < math.inf:
         return float(beta)

@@ -52,10 +52,11 @@ class PCAEnergy(FeatureScore):
     def __init__(
         self, dimension: int | None = None, explained: float = 0.9, normalize: bool = True
     ) -> None:
-        if (dimension is not None and dimension < 0) or not 0 < explained < 1:
+        whole = dimension is None or (isinstance(dimension, int) and dimension >= 0)
+        if not whole or not 0 < explained < 1:
             raise InvalidInputError(
-                f"got dimension {dimension} and explained {explained}; needed a dimension of 0 or "
-                "more (or None), and a share of the variance in (0, 1)"
+                f"got dimension {dimension!r} and explained {explained!r}; needed a whole number "
+                ">= 0 (or None), and a share of the variance in (0, 1)"
             )
         super().__init__()
         self.dimension, self.explained, self.normalize = dimension, explained, normalize

@@ -66,6 +66,10 @@ def regularised(objective: Objective, regularisers: Regularisers) -> Objective:
         'margin'
     """
     given = (regularisers,) if isinstance(regularisers, (str, Regulariser)) else regularisers
+    if not isinstance(given, (list, tuple)):
+        raise InvalidInputError(
+            f"got regularisers={regularisers!r}; needed names or regularisers in a list"
+        )
     made = [make_regulariser(each) for each in given]
     names = [each.name for each in made]
     if len(set(names)) < len(names):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,12 +20,14 @@ class Regulariser(ABC):
 
     Attributes:
         name: the registered name.
+        needs_unlabelled: whether it acts on images without label alone.
 
     Raises:
         InvalidInputError: settings out of range.
     """
 
     name: str = ""
+    needs_unlabelled: ClassVar[bool] = False
 
     def __init__(self, weight: float, warm_up: float = 0.1) -> None:
         self.weight = check_number("weight", weight)

@@ -29,6 +29,7 @@ class Entropy(Regulariser):
     """
 
     name = "entropy"
+    needs_unlabelled = True
 
     def __init__(self, weight: float = 0.1, warm_up: float = 0.1) -> None:
         super().__init__(weight, warm_up)

@@ -27,7 +27,7 @@ class DenoisingScoreMatching(Regulariser):
     unsaid. The factor sigma^2 / D makes the penalty 1/2 for a flat energy, whatever the size of
     the images.
 
-    The gradient of a gradient is needed: about three times the time and memory of a plain update.
+    The gradient of a gradient is needed: three to five times the time of a plain update.
     Noisy pixels may leave [0, 1], so that the noise is Gaussian as the equation says.
 
     Args:
