@@ -28,6 +28,11 @@ checkpoint, rank = folder / "checkpoint", os.environ.get("RANK", "0")
 settings = {"learning_rate": 1e-4}
 if objective == "margin":
     settings |= {"outliers": load_demo("far_ood").images, "outlier_share": 1.0}
+if objective == "few":
+    # Four labelled images in a batch of 64, and nothing drawn by a process for itself.
+    objective = "cross_entropy"
+    far = load_demo("far_ood").images
+    settings |= {"unlabelled": far, "labelled_share": 0.0625, "regularisers": ["entropy"]}
 if objective == "regularised":
     objective = "margin"
     far = load_demo("far_ood").images
@@ -131,3 +136,15 @@ def test_processes_stop_together_and_resume_bit_by_bit(tmp_path):
     assert all(" False " in line for line in printed)
     first, again = candidate(whole), candidate(parts)
     assert all(value.equal(again[name]) for name, value in first.items())
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_few_labels(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, 1, "few")
+    run(two, 2, "few")
+    first, second = candidate(one), candidate(two)
+    start = demo_classifier().state_dict()
+    for name, value in first.items():
+        moved = float((value - start[name]).abs().max())
+        assert float((value - second[name]).abs().max()) < 1e-2 * moved, name
