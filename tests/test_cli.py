@@ -1380,7 +1380,8 @@ def test_a_full_disk_leaves_nothing(command, guard, tmp_path, monkeypatch, quick
         ],
     }[command]
     if command == "predict":
-        monkeypatch.setattr("ebm_guard.cli.predict_command._writer", lambda *_: full)
+        opened = contextlib.nullcontext(full)
+        monkeypatch.setattr("ebm_guard.deploy.batch.row_file", lambda *_: opened)
     elif command == "save-predictions":
         monkeypatch.setattr(np, "save", full)
     else:
@@ -1417,7 +1418,8 @@ def test_interrupted_predict_keeps_the_older_file(guard, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ebm_guard.cli.predict_command._writer", lambda *_: interrupted)
+    opened = contextlib.nullcontext(interrupted)
+    monkeypatch.setattr("ebm_guard.deploy.batch.row_file", lambda *_: opened)
     _, err = invoke("predict", guard, "--data", "demo:", "-o", path, "-q", code=130)
     assert "interrupted" in err
     assert listing(tmp_path) == ["out.jsonl"]

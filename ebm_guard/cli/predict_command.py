@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ebm_guard.cli.options import SPEC_HELP, ModelOptions, json_option, model_options
 
 if TYPE_CHECKING:
-    from ebm_guard.cli.session import Session
-    from ebm_guard.gate import Decision, Guard
+    from ebm_guard.cli.predicting import PredictRows
+    from ebm_guard.deploy.batch import Outputs, Tally
 
-FIELDS = (
-    "id",
-    "status",
-    "accept",
-    "label",
-    "class",
-    "confidence",
-    "energy",
-    "score",
-    "p_value",
-    "reason",
-)
-_CHUNK = 4096
+_INTERRUPTED = 130
+_FORMATS = ("jsonl", "csv", "parquet")
 
 
 @click.command("predict")
@@ -37,16 +24,26 @@ _CHUNK = 4096
 @click.option(
     "--format",
     "file_format",
-    type=click.Choice(["jsonl", "csv"]),
+    type=click.Choice(_FORMATS),
     default="jsonl",
     show_default=True,
-    help="A JSON object or a CSV line for each row.",
+    help="A JSON object or a CSV line for each row, or a Parquet file (extra `parquet`).",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=1),
     metavar="K",
     help="Add the K labels of the lowest joint energy E(x,y) = -f(x)[y] to each row.",
+)
+@click.option(
+    "--review",
+    metavar="FILE",
+    help="Also write the refused rows (REJECT and INVALID) as JSON lines, in the data's order.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep what is done in OUTPUT.part when stopped, and go on behind it where it is there.",
 )
 @click.option("-o", "--output", required=True, metavar="FILE", help="Where the rows go.")
 @json_option
@@ -57,6 +54,8 @@ def command(
     data: str,
     file_format: str,
     top_k: int | None,
+    review: str | None,
+    resume: bool,
     output: str,
     as_json: bool,
 ) -> int:
@@ -67,129 +66,76 @@ def command(
     list of {label, class, energy}, the lowest energy first, empty where INVALID (JSON in a CSV
     cell). The energies are before calibration.
 
+    Files appear when they are complete. Without --resume a run that is stopped leaves nothing; with
+    it, the same command goes on behind the last batch that was written, and ends with the files
+    of a run that nobody stopped. Data, guard, model and options must be the same.
+
     \b
     ebm-guard predict guard.safetensors --model resnet50.tv_in1k --data new/ -o out.jsonl
+    ebm-guard predict guard.safetensors --model resnet50.tv_in1k --data new/ -o out.jsonl --resume
     """
+    from ebm_guard.cli.predicting import predict_rows
     from ebm_guard.cli.session import Session, warnings_as_lines
-    from ebm_guard.files import check_writable, replace_file
+    from ebm_guard.deploy.batch import Outputs, Tally, write_once
+    from ebm_guard.deploy.batch_formats import fields_of
 
-    check_writable(output)
-    counts: Counter[str] = Counter()
-    broken = 0
+    fields = fields_of(top=top_k is not None)
+    outputs = Outputs(Path(output), file_format, fields, None if review is None else Path(review))
+    outputs.check()
+    tally = Tally()
     with warnings_as_lines():
         session = Session(options, [data], guard_path)
-        with replace_file(output) as new, new.open("w", newline="", encoding="utf-8") as file:
-            write = _writer(file, file_format, _fields(top_k))
-            for row in _rows(session, data, top_k):
-                write(row)
-                counts[row["status"]] += 1
-                broken += row["status"] == "INVALID" and not row["reason"].startswith("unreadable")
-    summary = {"rows": counts.total(), **counts}
-    if as_json:
-        click.echo(json.dumps(summary | {"output": output}))
-    else:
-        click.echo(", ".join(f"{value:,} {key}" for key, value in summary.items()) + f": {output}")
-    if broken:
-        click.echo(f"error: the model gave non-finite logits for {broken} rows", err=True)
+        rows = predict_rows(session, data, top_k)
+        if not resume:
+            write_once(outputs, rows.behind(0), tally)
+        elif not _kept(outputs, rows, guard_path, tally):
+            return _INTERRUPTED
+    _show(outputs, tally, as_json=as_json)
+    if tally.broken:
+        click.echo(f"error: the model gave non-finite logits for {tally.broken} rows", err=True)
         return 4
     return 0
 
 
-def _fields(top_k: int | None) -> tuple[str, ...]:
-    return FIELDS if top_k is None else (*FIELDS, "top")
+def _kept(outputs: Outputs, rows: PredictRows, guard_path: str, tally: Tally) -> bool:
+    """Run with a journal; return whether it came to its end."""
+    from ebm_guard.deploy.batch import write_resumable
+    from ebm_guard.errors import EbmGuardError
 
+    def told(words: str) -> None:
+        click.echo(
+            f"{words}; {tally.kept:,} rows are kept beside {outputs.output}, and the same command "
+            "goes on behind them",
+            err=True,
+        )
 
-def _writer(file: IO[str], file_format: str, fields: tuple[str, ...]) -> Any:
-    if file_format == "csv":
-        table = csv.DictWriter(file, fields)
-        table.writeheader()
-        if "top" in fields:
-            return lambda row: table.writerow(row | {"top": json.dumps(row["top"])})
-        return table.writerow
-    return lambda row: file.write(json.dumps(row, allow_nan=False) + "\n")
-
-
-def _rows(session: Session, data: str, top_k: int | None) -> Iterator[dict[str, Any]]:
-    from ebm_guard.data import parse_spec
-    from ebm_guard.data.specs import STORED_KINDS
-
-    guard = session.guard
-    if guard is None:
-        return
-    classes = guard.facts.get("classes") or ()
-    rows = (
-        _stored_rows(session, guard, data, top_k)
-        if parse_spec(data).kind in STORED_KINDS
-        else _image_rows(session, guard, data, top_k)
-    )
-    for row in rows:
-        for place in (row, *row.get("top", ())):
-            label = place["label"]
-            named = label is not None and 0 <= label < len(classes)
-            place["class"] = classes[label] if named else None
-        yield {key: row[key] for key in _fields(top_k)}
-
-
-def _decided(decision: Decision, ids: Sequence[str], top_k: int | None) -> list[dict[str, Any]]:
-    """Return the rows of a decision, with the labels of the lowest joint energy where asked for."""
-    rows = decision.rows(ids)
-    if top_k is None:
-        return rows
-    from ebm_guard.inference import lowest_energy_labels
-
-    found = lowest_energy_labels(decision.logits, top_k)
-    for row, labels, energies in zip(
-        rows, found.labels.tolist(), found.energies.tolist(), strict=True
-    ):
-        valid = row["status"] != "INVALID"
-        row["top"] = [
-            {"label": label, "class": None, "energy": energy}
-            for label, energy in zip(labels, energies, strict=True)
-            if valid
-        ]
-    return rows
-
-
-def _image_rows(
-    session: Session, guard: Guard, data: str, top_k: int | None
-) -> Iterator[dict[str, Any]]:
-    from ebm_guard.cli.session import model_errors
-    from ebm_guard.data import parse_spec
-    from ebm_guard.progress import track
-
-    source = session.open(parse_spec(data), "evaluation", "data")
-    enabled = not session.options.quiet
-    with track(f"decide {data}", source.total, enabled=enabled) as advance, model_errors(data):
-        for batch in session.batches(source):
-            if len(batch.inputs):
-                with session.autocast():
-                    decision = guard(batch.inputs)
-                yield from _decided(decision, batch.ids, top_k)
-            for name, error in batch.skipped:
-                yield _unreadable(name, error)
-            advance(len(batch.ids) + len(batch.skipped))
-
-
-def _stored_rows(
-    session: Session, guard: Guard, data: str, top_k: int | None
-) -> Iterator[dict[str, Any]]:
-    part = session.predictions(data, "evaluation", "data")
-    for start in range(0, len(part), _CHUNK):
-        block = part.select(slice(start, start + _CHUNK))
-        names = part.names(range(start, start + len(block)))
-        yield from _decided(guard.decide_stored(block), names, top_k)
-
-
-def _unreadable(name: str, error: str) -> dict[str, Any]:
-    return {
-        "id": name,
-        "status": "INVALID",
-        "accept": False,
-        "label": None,
-        "confidence": 0.0,
-        "energy": None,
-        "score": None,
-        "p_value": 0.0,
-        "reason": f"unreadable: {error}",
-        "top": [],
+    identity = rows.identity(guard_path) | {
+        "format": outputs.file_format,
+        "review": outputs.review is not None and str(outputs.review),
     }
+    try:
+        write_resumable(outputs, identity, rows.behind, tally)
+    except KeyboardInterrupt:
+        told("interrupted")
+        return False
+    except EbmGuardError:
+        if tally.kept:
+            told("stopped")
+        raise
+    return True
+
+
+def _show(outputs: Outputs, tally: Tally, *, as_json: bool) -> None:
+    summary: dict[str, Any] = {"rows": tally.rows, **tally.counts}
+    if as_json:
+        summary["output"] = str(outputs.output)
+        if outputs.review is not None:
+            summary |= {"review": str(outputs.review), "refused": tally.refused}
+        if tally.taken_over:
+            summary["taken_over"] = tally.taken_over
+        click.echo(json.dumps(summary))
+        return
+    text = ", ".join(f"{value:,} {key}" for key, value in summary.items())
+    queue = "" if outputs.review is None else f"; {tally.refused:,} for review: {outputs.review}"
+    earlier = f"; {tally.taken_over:,} rows of an earlier run" if tally.taken_over else ""
+    click.echo(f"{text}: {outputs.output}{queue}{earlier}")

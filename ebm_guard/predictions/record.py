@@ -110,12 +110,16 @@ class Predictions:
 
     def select(self, rows: NDArray[np.int64] | slice) -> Predictions:
         """Return some rows, in the given order."""
-        kept = np.arange(len(self), dtype=np.int64)[rows]
+        kept: Iterable[int] = (
+            range(*rows.indices(len(self)))
+            if isinstance(rows, slice)
+            else np.arange(len(self))[rows]
+        )
         columns: dict[str, Any] = {
             name: None if getattr(self, name) is None else getattr(self, name)[rows]
             for name in COLUMNS
         }
-        ids = None if self.ids is None else tuple(self.ids[row] for row in kept)
+        ids = None if self.ids is None else tuple(self.ids[int(row)] for row in kept)
         return replace(self, ids=ids, **columns)
 
     def require_labels(self, why: str) -> NDArray[np.int64]:
