@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ebm_guard.deploy import Exported, export, load_exported
     from ebm_guard.gate import ACCEPT, INVALID, REJECT, Decision, Guard, wrap
     from ebm_guard.model import EnergyClassifier, EnergyEnsemble, Preprocessing
     from ebm_guard.predictions import Predictions, predict
@@ -28,6 +29,9 @@ _HOMES = {
     "Decision": "ebm_guard.gate",
     "Guard": "ebm_guard.gate",
     "wrap": "ebm_guard.gate",
+    "Exported": "ebm_guard.deploy",
+    "export": "ebm_guard.deploy",
+    "load_exported": "ebm_guard.deploy",
     "EnergyClassifier": "ebm_guard.model",
     "EnergyEnsemble": "ebm_guard.model",
     "Preprocessing": "ebm_guard.model",
@@ -51,6 +55,7 @@ __all__ = [
     "Decision",
     "EnergyClassifier",
     "EnergyEnsemble",
+    "Exported",
     "FinetuneResult",
     "Guard",
     "Predictions",
@@ -59,7 +64,9 @@ __all__ = [
     "SampleSheet",
     "build_report",
     "evaluate_robustness",
+    "export",
     "finetune",
+    "load_exported",
     "predict",
     "sample",
     "wrap",

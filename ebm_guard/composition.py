@@ -22,8 +22,8 @@ References:
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -202,15 +202,17 @@ def _stacked(energies: Sequence[Tensor]) -> Tensor:
 def _labels(name: str, classes: Any, count: int) -> list[int]:
     """Return classes as a list of whole numbers; a tensor or an array may hold them too."""
     given = classes.tolist() if hasattr(classes, "tolist") else classes
-    listed = list(given) if isinstance(given, (list, tuple, set, frozenset, range)) else None
-    if listed is None or not all(
-        isinstance(label, Integral) and not isinstance(label, bool) and 0 <= label < count
+    listed: list[Any] = list(given) if isinstance(given, (list, tuple, set, frozenset, range)) else [None]
+    found = [
+        operator.index(label)
         for label in listed
-    ):
+        if hasattr(label, "__index__") and not isinstance(label, bool)
+    ]
+    if len(found) < len(listed) or not all(0 <= label < count for label in found):
         raise InvalidInputError(
             f"got {name}={classes!r} for {count} classes; needed a list of labels in 0..{count - 1}"
         )
-    return [int(label) for label in listed]
+    return found
 
 
 def _numbers(values: Sequence[float], count: int, words: str, above: float) -> list[float]:

@@ -40,7 +40,8 @@ FLOORS = {
     "robustness": 6,
     "training": 6,
     "report": 7,
-    "cli": 8,
+    "deploy": 8,
+    "cli": 9,
 }
 HEAVY = ("torch", "timm", "sklearn", "scipy", "matplotlib")
 BASE = {name for name, floor in FLOORS.items() if floor == 0}
@@ -270,7 +271,7 @@ def test_help_of_every_command_loads_no_torch():
     """
     done = run(code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[] 11"
+    assert done.stdout.splitlines()[-1] == "[] 13"
 
 
 def test_a_saved_guard_runs_without_timm_and_torchvision(tmp_path):

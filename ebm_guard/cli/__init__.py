@@ -20,6 +20,8 @@ COMMANDS = (
     "attack",
     "fit",
     "predict",
+    "export",
+    "serve",
     "recalibrate",
     "shadow",
     "finetune",
