@@ -202,7 +202,8 @@ def _stacked(energies: Sequence[Tensor]) -> Tensor:
 def _labels(name: str, classes: Any, count: int) -> list[int]:
     """Return classes as a list of whole numbers; a tensor or an array may hold them too."""
     given = classes.tolist() if hasattr(classes, "tolist") else classes
-    listed: list[Any] = list(given) if isinstance(given, (list, tuple, set, frozenset, range)) else [None]
+    known = isinstance(given, (list, tuple, set, frozenset, range))
+    listed: list[Any] = list(given) if known else [None]
     found = [
         operator.index(label)
         for label in listed

@@ -50,9 +50,7 @@ def lowest_energy_labels(logits: Tensor, k: int = 1) -> RankedLabels:
     energies = joint_energy(logits)
     count = logits.shape[1]
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= count:
-        raise InvalidInputError(
-            f"got k={k!r} for {count} classes; needed 1 to {count}"
-        )
+        raise InvalidInputError(f"got k={k!r} for {count} classes; needed 1 to {count}")
     order = energies.argsort(dim=1, stable=True)[:, :k]
     return RankedLabels(order, energies.gather(1, order))
 
