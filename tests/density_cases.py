@@ -69,6 +69,23 @@ def batch(n, seed, shape=(1, 2)):
     return TrainingBatch(pixels, labels, pixels, torch.arange(n))
 
 
+def start_net(shape=(4, 4)):
+    """A linear net that knows the classes, but badly."""
+    net = linear_net(shape)
+    with torch.no_grad():
+        net[1].weight.add_(0.5 * truth(shape).means)
+    return net
+
+
+def correlated(n, seed):
+    """Images of two pixels that go together, which no product over pixels can say, and labels."""
+    points, _, labels = rows(n, seed)
+    points[:, 1] += 0.8 * points[:, 0]
+    pixels = ((points / SCALE + 0.5).clamp(0, 1) * 255).round() / 255
+    pixels = pixels.float().view(n, 1, 1, 2)
+    return TrainingBatch(pixels, labels, pixels, torch.arange(n))
+
+
 def images(n, seed, shape=(4, 4)):
     _, pixels, labels = rows(n, seed, shape)
     return TrainingImages(pixels, labels)

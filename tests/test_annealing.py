@@ -1,7 +1,9 @@
 """Annealed importance sampling against closed forms, and its intervals against their promise."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -102,6 +104,26 @@ def test_a_box_is_kept():
     exact = float((q.log_density(points) - slope(points)).exp().mean().log())
     assert abs(found.log_z - exact) < 5 * found.standard_error
     assert bool(((found.points >= 0) & (found.points <= 1)).all())
+
+
+@pytest.mark.parametrize("spread", [0.9, 1.3, 1.7])
+def test_an_interval_that_is_believed_is_seldom_wrong(spread):
+    """Lognormal weights, as in the limit of many steps: the true log Z is 0."""
+    plain, runs, chains = estimate(0), 2000, 256
+    logs = np.random.default_rng(0).normal(-(spread**2) / 2, spread, (runs, chains))
+    weights = np.exp(logs)
+    half = stats.t.ppf(0.975, chains - 1) * weights.std(axis=1, ddof=1) / weights.mean(axis=1)
+    missed = abs(np.log(weights.mean(axis=1))) > half / math.sqrt(chains)
+    effective = weights.sum(axis=1) ** 2 / (weights**2).sum(axis=1)
+    believed = [
+        replace(plain, num_chains=chains, effective_chains=float(each)).reliable
+        for each in effective
+    ]
+    wrong = int((missed & np.array(believed)).sum())
+    assert stats.binomtest(wrong, runs, 0.06, alternative="greater").pvalue > 1e-3
+    # Were all of them believed, the promise would break where the weights are uneven.
+    if spread > 1.5:
+        assert stats.binomtest(int(missed.sum()), runs, 0.06, alternative="greater").pvalue < 1e-3
 
 
 def test_few_chains_that_carry_everything_are_not_believed():

@@ -136,6 +136,7 @@ def test_a_fit_finds_class_means_and_the_shrunk_covariance_within_classes():
     spread = np.sqrt((centred**2).mean(axis=0))
     covariance = (q.scale_tril @ q.scale_tril.T).numpy()
     by_hand = ledoit_wolf(centred / spread, assume_centered=True)[0] * np.outer(spread, spread)
+    by_hand *= 290 / 287  # three means were estimated
     assert np.allclose(covariance[:2, :2], by_hand, rtol=1e-9)
     assert covariance[2, 2] > 0
     assert not covariance[2, :2].any()
@@ -144,10 +145,58 @@ def test_a_fit_finds_class_means_and_the_shrunk_covariance_within_classes():
     assert torch.equal(one.scale_tril, q.scale_tril)
 
 
+def test_the_fitted_spread_has_no_bias_where_classes_have_few_rows():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 50
+    means = 3 * torch.randn(50, 20, generator=generator, dtype=torch.float64)
+    points = means[labels] + torch.randn(200, 20, generator=generator, dtype=torch.float64)
+    found = GaussianMixture.fit(points, labels).scale_tril.square().sum(dim=1).mean()
+    # A mean over 20 variances of 150 degrees of freedom each; 150/200 would be the biased one.
+    assert abs(float(found) - 1) < 4 * math.sqrt(2 / (20 * 150))
+
+
+@pytest.mark.parametrize("unit", [1e-4, 0.009, 1e3])
+def test_no_features_unit_decides(unit):
+    """A density of u h is that of h over u, whatever the other features' units are."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (400,), generator=generator)
+    points = torch.randn(400, 2, generator=generator, dtype=torch.float64)
+    points[:, 0] += 4 * labels
+    units = torch.tensor([unit, 1.0], dtype=torch.float64)
+    plain = GaussianMixture.fit(points, labels)
+    scaled = GaussianMixture.fit(points * units, labels)
+    expected = plain.log_density(points) - math.log(unit)
+    assert torch.allclose(scaled.log_density(points * units), expected, atol=1e-8)
+
+
+def test_classes_count_as_often_as_they_occur():
+    """Rows drawn class by class: the weights are those of the whole set."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0, 0, 0, 2, 2, 2])
+    points = torch.rand(6, 2, generator=generator, dtype=torch.float64)
+    counts = torch.tensor([90, 0, 10])
+    for q in (
+        GaussianMixture.fit(points, labels, counts=counts),
+        TruncatedNormalMixture.fit(points, labels, counts=counts),
+    ):
+        assert q.weights.tolist() == pytest.approx([0.9, 0.1])
+    one = GaussianMixture.fit(points, labels, counts=counts, components="one")
+    expected = 0.9 * points[:3].mean(dim=0) + 0.1 * points[3:].mean(dim=0)
+    assert torch.allclose(one.means[0], expected)
+
+
 def test_gradients_are_those_of_the_log_density():
     for q in (mixture(2, 2), truncated(shape=(2,))):
         points = q.draw(3, torch.Generator().manual_seed(0)).requires_grad_()
         assert torch.autograd.gradcheck(q.log_density, points)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 12), st.integers(0, 10**6))
+def test_a_state_gives_the_very_same_numbers_back(components, seed):
+    q = mixture(2, components, seed)
+    again = density_from_state(q.name, q.state_dict())
+    assert all(torch.equal(part, again.state_dict()[key]) for key, part in q.state_dict().items())
 
 
 @pytest.mark.parametrize("q", [mixture(), truncated()], ids=lambda q: q.name)
@@ -168,6 +217,10 @@ def test_what_makes_no_density_is_refused():
         lambda: GaussianMixture(torch.zeros(1), torch.zeros(1, 2), eye),
         lambda: GaussianMixture(torch.ones(1), torch.zeros(1, 2), -eye),
         lambda: GaussianMixture(torch.ones(2), torch.zeros(1, 2), eye),
+        lambda: GaussianMixture(torch.ones(1), torch.zeros(1, 2), eye + torch.ones(2, 2).triu(1)),
+        lambda: GaussianMixture(torch.ones(1), torch.zeros(1, 2), eye * math.inf),
+        lambda: GaussianMixture(torch.full((1,), math.inf), torch.zeros(1, 2), eye),
+        lambda: GaussianMixture.fit(torch.eye(3), torch.arange(3)),
         lambda: TruncatedNormalMixture(torch.ones(1), torch.full((1, 2), 1.5), torch.ones(1, 2)),
         lambda: TruncatedNormalMixture(torch.ones(1), torch.zeros(1, 2), torch.zeros(1, 2)),
         lambda: GaussianMixture.fit(torch.ones(3, 2), torch.full((3,), -1)),

@@ -106,7 +106,7 @@ def learned(name, updates, seed=0, **settings):
     """Train a linear head on a known mixture, and return what the objective then says."""
     net = linear_net(seed=seed)
     context = toy_context(net, updates=updates, seed=seed)
-    objective = make_objective(name, head="given", warm_up=0.0, **settings)
+    objective = make_objective(name, base="gaussian", head="given", warm_up=0.0, **settings)
     objective.begin(context, batch(512, seed=1000 + seed))
     optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
     for number in range(updates):
@@ -160,7 +160,7 @@ def test_fce_recovers_a_known_mixture_and_its_normaliser():
 def test_with_the_discriminants_head_the_model_is_the_mixture():
     net = linear_net()
     context, first = toy_context(net), batch(512, seed=3)
-    objective = make_objective("nce")
+    objective = make_objective("nce", base="gaussian")
     objective.begin(context, first)
     exact, model = objective.space.base.tilted(net[1].weight, net[1].bias)
     points, _, _ = rows(200, seed=4)
@@ -188,6 +188,8 @@ def test_pixels_are_dequantised_and_only_small_images_are_taken():
     assert stats.kstest((points * 256).frac().flatten(), "uniform").pvalue > 1e-4
     objective = make_objective("nce", space="pixels")
     assert objective.default_scope == "all"
+    # That of a whole net, not of a head alone.
+    assert objective.default_learning_rate == make_objective("margin").default_learning_rate == 3e-4
     context = context_of()
     objective.begin(context, batch_of(30, seed=2))
     assert isinstance(objective.space.noise, TruncatedNormalMixture)
@@ -222,6 +224,7 @@ def test_what_makes_no_sense_is_refused():
         ({"weight": -1}, ">= 0"),
         ({"base": "mixture", "head": "discriminant"}, "use base='gaussian'"),
         ({"space": "pixels", "head": "discriminant"}, "it is of features"),
+        ({"space": "pixels", "base": "gaussian"}, "leave base out"),
     ]:
         with pytest.raises(InvalidInputError, match=match):
             make_objective("nce", **bad)
@@ -233,7 +236,7 @@ def test_what_makes_no_sense_is_refused():
         make_objective("nce").begin(context_of(classifier=None), batch_of(30))
     labels = batch_of(30, labels=[0, 1] * 15)
     with pytest.raises(InvalidInputError, match="labels of 2 of 3 classes"):
-        make_objective("nce").begin(context_of(scope="head"), labels)
+        make_objective("nce", base="gaussian").begin(context_of(scope="head"), labels)
     hidden = context_of(torch.nn.Sequential(tiny_net(), torch.nn.Softplus()).eval())
     with pytest.raises(UnsupportedModelError, match="was not found"):
         make_objective("nce").begin(hidden, batch_of(30))

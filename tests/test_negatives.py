@@ -17,6 +17,7 @@ from ebm_guard.sampling import SGLD
 from ebm_guard.training.context import TrainingBatch
 from ebm_guard.training.negatives import (
     DataChains,
+    Denoising,
     Descent,
     Mixed,
     Negatives,
@@ -45,6 +46,7 @@ def numbers(pixels, n=40):
 
 
 MAKERS = {
+    "denoising": Denoising,
     "synthetic": Synthetic,
     "outliers": lambda: Outliers(images()),
     "descent": lambda: Descent(window=12, target=0.51, max_steps=3),

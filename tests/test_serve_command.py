@@ -50,6 +50,7 @@ def guards(tmp_path):
     return old.save(tmp_path / "old.safetensors"), new.save(tmp_path / "new.safetensors"), old, new
 
 
+@pytest.mark.slow
 def test_a_process_serves_and_ends_cleanly_on_sigterm(guards, tmp_path, capsys, monkeypatch):
     old_path, new_path, old, _ = guards
     with process(old_path, "--model", MODEL, "--shadow", new_path) as (made, facts):

@@ -24,7 +24,7 @@ class DensitySection(Record):
         space: ``features`` or ``pixels``.
         dim: values of one point.
         base: name of the known density that the energy tilts.
-        constant: the learned log Z, in nats.
+        constant: log Z, in nats: in closed form where there is one, else as it was learned.
         checks: see :class:`ebm_guard.training.density.checks.DensityChecks`.
     """
 
@@ -44,8 +44,8 @@ def density_section(result: FinetuneResult, no_candidate: str) -> DensitySection
         result: of :func:`ebm_guard.finetune`.
         no_candidate: what to say where training found none.
     """
-    if result.candidate is None and result.density is None:
+    if result.candidate is None:
         return NotRun(no_candidate)
     if result.density is None:
-        return NotRun(NO_DENSITY)
+        return NotRun(getattr(result, "no_density", "") or NO_DENSITY)
     return DensitySection(**result.density.to_dict())

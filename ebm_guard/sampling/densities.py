@@ -16,9 +16,14 @@ from torch import Tensor
 
 from ebm_guard.errors import DataError, InvalidInputError
 
-# Smallest standard deviation of one value, as a share of their root mean square: features that
-# never change (dead units) would make a covariance singular.
+# Smallest standard deviation within the classes, as a share of the feature's own over all rows: a
+# feature that its class settles would make a covariance singular. Features that never change (dead
+# units) have no spread of their own, and take this share of the typical one.
 _LEAST_SHARE = 0.01
+# Spread that rounding leaves on a feature that never changes, as a share of its size.
+_ROUNDING = 1e-6
+# Weights that are this near to a sum of 1 are taken as they are: a stored density stays the same.
+_UNIT = 1e-12
 # Smallest standard deviation of a pixel: that of a mixture's component must cover its neighbours.
 _LEAST_PIXEL_STD = 0.05
 
@@ -65,9 +70,9 @@ class GaussianMixture(KnownDensity):
     """Mix Gaussians that share one covariance: q(h) = sum_k w_k N(h; m_k, S), S = L L'.
 
     Args:
-        weights: (K,), > 0; they are divided by their sum.
+        weights: (K,), > 0; they are divided by their sum where it is not 1.
         means: (K, D).
-        scale_tril: L (D, D), lower triangular with a positive diagonal.
+        scale_tril: L (D, D), lower triangular with a positive diagonal, zeros above it.
 
     Raises:
         InvalidInputError: shapes that do not fit, or values that make no density.
@@ -83,60 +88,71 @@ class GaussianMixture(KnownDensity):
     def __init__(self, weights: Tensor, means: Tensor, scale_tril: Tensor) -> None:
         weights, means, scale_tril = (part.double() for part in (weights, means, scale_tril))
         _check_mixture(weights, means)
-        if scale_tril.shape != (means.shape[1],) * 2 or not bool((scale_tril.diagonal() > 0).all()):
+        fits = scale_tril.shape == (means.shape[1],) * 2 and bool(torch.isfinite(scale_tril).all())
+        lower = fits and torch.equal(scale_tril, scale_tril.tril())
+        if not lower or not bool((scale_tril.diagonal() > 0).all()):
             raise InvalidInputError(
                 f"got scale_tril {tuple(scale_tril.shape)} for means {tuple(means.shape)}; needed "
-                "a lower triangle (D, D) with a positive diagonal"
+                "a finite lower triangle (D, D), zeros above its diagonal, and a positive diagonal"
             )
-        self.weights, self.means, self.scale_tril = weights / weights.sum(), means, scale_tril
+        self.weights, self.means, self.scale_tril = _shares(weights), means, scale_tril
 
     @classmethod
-    def fit(cls, points: Tensor, labels: Tensor, *, components: str = "classes") -> Self:
+    def fit(
+        cls,
+        points: Tensor,
+        labels: Tensor,
+        *,
+        components: str = "classes",
+        counts: Tensor | None = None,
+    ) -> Self:
         """Fit means and the covariance within the classes, shrunk as Ledoit and Wolf propose.
+
+        S = sum_i (h_i - m_y)(h_i - m_y)' / (N - K), without bias, before it is shrunk.
 
         Args:
             points: (N, D).
             labels: (N,) classes; rows with -1 have none and are left out.
-            components: ``classes``: one Gaussian for each class, weighted by its rows; ``one``: a
-                single one at the mean of all rows, as wide as a class.
+            components: ``classes``: one Gaussian for each class; ``one``: a single one at their
+                common mean, as wide as a class.
+            counts: (C,) how often each class occurs where the rows were drawn class by class; the
+                weights of the classes are their shares. Default: as often as among the rows.
 
         Raises:
-            InvalidInputError: fewer than two labelled rows, or values that are not finite.
+            InvalidInputError: no more labelled rows than classes, or values that are not finite.
 
         References:
             Ledoit and Wolf, A Well-Conditioned Estimator for Large-Dimensional Covariance
             Matrices, 2004 (scikit-learn's). Differs: values are standardised before it, so that
-            no feature's unit decides, and a feature that hardly changes is taken to be independent,
-            with 1 % of the typical spread.
+            no feature's unit decides. A feature's standard deviation is at least 1 % of its own
+            over all rows; one that never changes is taken to be independent, with 1 % of the
+            typical spread.
         """
         from sklearn.covariance import ledoit_wolf
 
-        kept = labels >= 0
-        rows, classes = points[kept].detach().double().cpu(), labels[kept].cpu()
-        if rows.ndim != 2 or len(rows) < 2 or not bool(torch.isfinite(rows).all()):
+        rows, present, own = _labelled(points, labels)
+        if len(rows) <= len(present):
             raise InvalidInputError(
-                f"got {len(rows)} labelled points of shape {tuple(points.shape)}; needed finite "
-                "ones (N, D), two or more with a label"
+                f"got {len(rows)} labelled points of {len(present)} classes; needed more points "
+                "than classes for the spread within them"
             )
-        present, own = torch.unique(classes, return_inverse=True)
-        counts = torch.bincount(own).double()
+        numbers = torch.bincount(own).double()
         means = rows.new_zeros(len(present), rows.shape[1]).index_add_(0, own, rows)
-        means = means / counts[:, None]
+        means = means / numbers[:, None]
+        weights = numbers if counts is None else counts.double().cpu()[present]
         centred = rows - means[own]
-        spread = centred.square().mean(dim=0).sqrt()
-        typical = float(spread.square().mean().sqrt()) or 1.0
-        least = _LEAST_SHARE * typical
-        live = spread > least
-        spread = spread.clamp(min=least)
-        shrunk = torch.eye(len(spread), dtype=torch.float64)
+        plain = centred.square().mean(dim=0).sqrt()
+        live, least = _floors(rows, plain)
+        shrunk = torch.eye(len(plain), dtype=torch.float64)
         if bool(live.any()):
-            standard = (centred / spread)[:, live].numpy()
+            standard = (centred / plain)[:, live].numpy()
             found = torch.from_numpy(ledoit_wolf(standard, assume_centered=True)[0])
             shrunk[live.nonzero(), live.nonzero().T] = found
+        spread = (plain * math.sqrt(len(rows) / (len(rows) - len(present)))).maximum(least)
         scale = spread[:, None] * torch.linalg.cholesky(shrunk)
         if components == "one":
-            return cls(torch.ones(1), rows.mean(dim=0, keepdim=True), scale)
-        return cls(counts, means, scale)
+            return cls(torch.ones(1), _shares(weights)[None] @ means, scale)
+        return cls(weights, means, scale)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -209,7 +225,7 @@ class TruncatedNormalMixture(KnownDensity):
     the box, 0 outside. Pixels are independent given the component.
 
     Args:
-        weights: (K,), > 0; they are divided by their sum.
+        weights: (K,), > 0; they are divided by their sum where it is not 1.
         means: (K, ...), in [0, 1].
         stds: (K, ...), > 0.
 
@@ -230,15 +246,16 @@ class TruncatedNormalMixture(KnownDensity):
         weights, means, stds = (part.double() for part in (weights, means, stds))
         _check_mixture(weights, means)
         inside = bool(((means >= 0) & (means <= 1)).all())
-        if stds.shape != means.shape or not inside or not bool((stds > 0).all()):
+        wide = stds.shape == means.shape and bool(((stds > 0) & torch.isfinite(stds)).all())
+        if not wide or not inside:
             raise InvalidInputError(
                 f"got means {tuple(means.shape)} and stds {tuple(stds.shape)}; needed means in "
                 "[0, 1] and stds above 0, of one shape (K, ...)"
             )
-        self.weights, self.means, self.stds = weights / weights.sum(), means, stds
+        self.weights, self.means, self.stds = _shares(weights), means, stds
 
     @classmethod
-    def fit(cls, points: Tensor, labels: Tensor) -> Self:
+    def fit(cls, points: Tensor, labels: Tensor, *, counts: Tensor | None = None) -> Self:
         """Fit mean and standard deviation of each pixel of each class.
 
         The moments are those of the rows, not of the cut-off normals: what counts for noise is
@@ -247,20 +264,20 @@ class TruncatedNormalMixture(KnownDensity):
         Args:
             points: (N, ...) in [0, 1].
             labels: (N,) classes; rows with -1 have none and are left out.
+            counts: (C,) how often each class occurs; default: as often as among the rows.
 
         Raises:
             InvalidInputError: no labelled row, or values outside [0, 1].
         """
-        kept = labels >= 0
-        rows, classes = points[kept].detach().double().cpu(), labels[kept].cpu()
+        rows, present, own = _labelled(points, labels)
         if not len(rows) or not bool(((rows >= 0) & (rows <= 1)).all()):
             raise InvalidInputError(
                 f"got {len(rows)} labelled points; needed one or more, with values in [0, 1]"
             )
-        parts = [rows[classes == label] for label in torch.unique(classes)]
+        parts = [rows[own == number] for number in range(len(present))]
         stds = torch.stack([part.std(dim=0, correction=0) for part in parts])
         return cls(
-            torch.tensor([len(part) for part in parts]),
+            torch.bincount(own) if counts is None else counts.cpu()[present],
             torch.stack([part.mean(dim=0) for part in parts]),
             stds.clamp(min=_LEAST_PIXEL_STD),
         )
@@ -325,6 +342,33 @@ def density_from_state(name: str, state: Mapping[str, Tensor]) -> KnownDensity:
         raise DataError(f"the state of this {name} is damaged: {error}") from None
 
 
+def _labelled(points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rows with a label, the classes that occur, and each row's place among these."""
+    kept = labels >= 0
+    rows, classes = points[kept].detach().double().cpu(), labels[kept].cpu()
+    if points.ndim < 2 or not bool(torch.isfinite(rows).all()):
+        raise InvalidInputError(
+            f"got {len(rows)} labelled points of shape {tuple(points.shape)}; needed finite ones "
+            "(N, ...)"
+        )
+    present, own = torch.unique(classes, return_inverse=True)
+    return rows, present, own
+
+
+def _floors(rows: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which features' spread within the classes counts, and the least spread of each."""
+    total = rows.std(dim=0, correction=0)
+    dead = total <= _ROUNDING * rows.square().mean(dim=0).sqrt()
+    typical = float(plain.square().mean().sqrt()) or 1.0
+    least = _LEAST_SHARE * torch.where(dead, torch.full_like(total, typical), total)
+    return (plain > least) & ~dead, least
+
+
+def _shares(weights: Tensor) -> Tensor:
+    total = weights.sum()
+    return weights if abs(float(total) - 1) <= _UNIT else weights / total
+
+
 def _masses(means: Tensor, stds: Tensor) -> tuple[Tensor, Tensor]:
     """Return the normal's distribution function at both ends of [0, 1]."""
     return torch.special.ndtr(-means / stds), torch.special.ndtr((1 - means) / stds)
@@ -337,7 +381,8 @@ def _whitened(rows: Tensor, scale_tril: Tensor) -> Tensor:
 
 def _check_mixture(weights: Tensor, means: Tensor) -> None:
     fine = weights.ndim == 1 and means.ndim >= 2 and len(weights) == len(means) > 0
-    if not fine or not bool((weights > 0).all()) or not bool(torch.isfinite(means).all()):
+    positive = bool(((weights > 0) & torch.isfinite(weights)).all())
+    if not fine or not positive or not bool(torch.isfinite(means).all()):
         raise InvalidInputError(
             f"got weights {tuple(weights.shape)} and means {tuple(means.shape)}; needed positive "
             "weights (K,) and finite means (K, ...)"

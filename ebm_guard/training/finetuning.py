@@ -78,7 +78,8 @@ def finetune(
     energies takes them in.
 
     Under ``torchrun`` each process trains on its share of every batch; call it in the same way on
-    all of them. The objectives ``nce`` and ``fce`` run in one process, and train the head alone.
+    all of them. The objectives ``nce`` and ``fce`` run in one process; on features they
+    train the head alone.
 
     Args:
         guard: a :class:`~ebm_guard.gate.Guard`, fitted or not, a classifier, or a model.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 from torch import nn
 
+from ebm_guard.errors import EbmGuardError, first_line
 from ebm_guard.model.isolation import pixel_forward
 from ebm_guard.training.acceptance import Acceptance, accept
-from ebm_guard.training.density.measuring import measure_density, told
+from ebm_guard.training.density.measuring import contrastive_objective, measure_density, told
+from ebm_guard.training.density.record import EnergyDensity
 from ebm_guard.training.preparing import Prepared
 from ebm_guard.training.refit import fit_like
 from ebm_guard.training.result import ACCEPTED, START_RETURNED, FinetuneResult
@@ -23,8 +27,9 @@ def finish(of: Prepared, trained: Trained, seconds: float) -> FinetuneResult:
     Args:
         of: what the run started from.
         trained: what it left.
-        seconds: wall time up to here.
+        seconds: wall time up to here; that of the end is added.
     """
+    started = time.perf_counter()
     outcome, history = trained.outcome, trained.history
     story = _told(trained, of.options.updates)
     start, copied = of.classifier.model, of.copied.model
@@ -48,8 +53,9 @@ def finish(of: Prepared, trained: Trained, seconds: float) -> FinetuneResult:
         wrapped = around(of.classifier, candidate)
         guard, note = fit_like(of.guard, wrapped, of.parts.refit, of.sets.train, of.options.seed)
         story += [note] if note else []
-    density = None if candidate is None else measure_density(of, candidate, accepted=passed)
+    density, missing, interrupted = _density(of, candidate if passed else None)
     story += [] if density is None else [told(density)]
+    story += [f"No density is offered: {missing}."] if missing else []
     history.add("event", outcome.update, text=reason)
     return FinetuneResult(
         status=status,
@@ -62,11 +68,27 @@ def finish(of: Prepared, trained: Trained, seconds: float) -> FinetuneResult:
         acceptance=acceptance,
         history=tuple(history.lines),
         settings=trained.settings,
-        seconds=seconds,
-        interrupted=outcome.interrupted,
+        seconds=seconds + time.perf_counter() - started,
+        interrupted=outcome.interrupted or interrupted,
         parts=of.parts,
         density=density,
+        no_density=missing,
     )
+
+
+def _density(of: Prepared, winner: nn.Module | None) -> tuple[EnergyDensity | None, str, bool]:
+    """Return the density, why there is none where one was learned, and whether Ctrl-C came."""
+    if contrastive_objective(of.objective) is None:
+        return None, "", False
+    if winner is None:
+        return None, "the start was returned, and a density belongs to the fine-tuned net", False
+    try:
+        return measure_density(of, winner), "", False
+    except KeyboardInterrupt:
+        # The run is over, and its winner stands.
+        return None, "its checks were interrupted", True
+    except EbmGuardError as error:
+        return None, f"its checks failed: {first_line(error)}", False
 
 
 def _accept(of: Prepared, look: Look, evaluation: Evaluation) -> Acceptance:

@@ -46,6 +46,9 @@ class FinetuneResult:
         interrupted: whether Ctrl-C ended the run early.
         parts: the validation rows by use; the acceptance rows are the ones to report on where
             there are no others.
+        density: what an objective that learns one offers, with what was measured of it; None
+            where nothing was.
+        no_density: why nothing was measured, where the objective learns a density.
     """
 
     status: str
@@ -62,6 +65,7 @@ class FinetuneResult:
     interrupted: bool
     parts: ValidationParts = field(repr=False)
     density: EnergyDensity | None = None
+    no_density: str = ""
 
     @property
     def accepted(self) -> bool:

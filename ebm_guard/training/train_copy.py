@@ -18,6 +18,8 @@ from ebm_guard.model.wrappers import unwrapped
 from ebm_guard.training.checkpoint import load_checkpoint
 from ebm_guard.training.class_losses import make_class_loss
 from ebm_guard.training.context import Context, Measured, PixelNet, TrainingBatch
+from ebm_guard.training.density.first_rows import first_batch
+from ebm_guard.training.density.measuring import contrastive_objective
 from ebm_guard.training.distributed import World
 from ebm_guard.training.history import History, Line
 from ebm_guard.training.loop import Loop
@@ -89,7 +91,7 @@ def train_copy(
         classifier=of.copied,
     )
     if state is None:
-        objective.begin(context, first)
+        _begin(of, context, first)
     else:
         objective.load_state_dict(state["objective"])
     lines = () if state is None else state["history"]
@@ -121,6 +123,17 @@ def train_copy(
         loop.load(state)
         history.add("event", int(state["now"]["update"]), text="resumed")
     return Trained(loop.run(), history, settings | {"objective": objective.settings()})
+
+
+def _begin(of: Prepared, context: Context, first: TrainingBatch) -> None:
+    """Let the objective begin; one that learns a density gets rows to fit known ones on."""
+    if contrastive_objective(of.objective) is None:
+        of.objective.begin(context, first)
+        return
+    rows = first_batch(first, of.sets.train, of.num_classes, of.options.seed)
+    of.objective.begin(context, rows)
+    # The head may be another one now, and its energies with it.
+    context.measured = _measured(of.copied, first)
 
 
 def _stored(folder: Path, settings: dict[str, Any], world: World) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Fine-tune a small Fashion-MNIST network with every objective, class loss and regulariser.
 
-    python reports/finetune/energy_family.py --data DIR [--seeds 0 1 2] [--updates 100]
+    python reports/finetune/energy_family.py --data DIR [--seeds 0 1 2] [--updates 100] [--only ARM ...]
 
 The wide table beside `fashion_mnist.py`, which compares six objectives in depth: one row for each
 registered objective and class loss, for negatives made by corruption and for score matching, all
-against cross-entropy alone, three seeds. DIR is the folder of real data. `--render` writes the page
-again from results.json.
+against cross-entropy alone, three seeds. DIR is the folder of real data. `--only` runs some arms, and the
+control, and puts them into the results that are there; `--render` writes the page again from them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fashion_mnist import NATURAL, sets_of
 
 import ebm_guard
 from ebm_guard import registry
+from ebm_guard.training import make_regulariser
 
 HERE = Path(__file__).parent / "energy_family"
 CONTROL = "cross_entropy"
@@ -42,6 +43,12 @@ def arms() -> dict[str, dict[str, Any]]:
     losses = [row.name for row in registry.methods("class_loss") if row.name != "nll"]
     found: dict[str, dict[str, Any]] = {CONTROL: {"objective": CONTROL}}
     found |= {name: {"objective": name} for name in objectives if name != CONTROL}
+    # By default the given head is trained on; this starts from the head of a discriminant.
+    for name in ("nce", "fce"):
+        found[f"{name}, gaussian base"] = {
+            "objective": name,
+            "objective_settings": {"base": "gaussian"},
+        }
     found["margin, denoising negatives"] = {
         "objective": "margin",
         "objective_settings": {"negatives": "denoising"},
@@ -49,6 +56,8 @@ def arms() -> dict[str, dict[str, Any]]:
     # The other regulariser acts on images without label, of which there are none here.
     found["cross_entropy + dsm"] = {"objective": CONTROL, "regularisers": ["dsm"]}
     found["margin + dsm"] = {"objective": "margin", "regularisers": ["dsm"]}
+    strong = {"regularisers": [make_regulariser("dsm", weight=1.0)]}
+    found["margin + dsm, weight 1"] = {"objective": "margin", **strong}
     found |= {f"class loss {name}": {"objective": CONTROL, "class_loss": name} for name in losses}
     return found
 
@@ -64,14 +73,16 @@ def few(sets: common.Sets) -> common.Sets:
     )
 
 
-def run_seed(data: Path, seed: int, updates: int) -> dict[str, Any]:
-    """Train a network, fine-tune it by every arm, and measure all of them."""
+def run_seed(data: Path, seed: int, updates: int, only: list[str] | None) -> dict[str, Any]:
+    """Train a network, fine-tune it by every arm, or some and the control, and measure all."""
     sets, (validation, targets) = sets_of(data)
     sets = few(sets)
     pixels, labels = load_rows(data / "fashion_mnist_train20k.npz")
     start = train(pixels, labels, seed)
     judged, facts = {"start": common.judge(start, sets)}, {"start": {"status": "-"}}
     for arm, settings in arms().items():
+        if only is not None and arm not in (CONTROL, *only):
+            continue
         with common.Clock() as clock, warnings.catch_warnings():
             warnings.simplefilter("ignore", ebm_guard.errors.EbmGuardWarning)
             result = ebm_guard.finetune(
@@ -92,6 +103,7 @@ def run_seed(data: Path, seed: int, updates: int) -> dict[str, Any]:
             "status": result.status,
             "reason": result.reason,
             "trained": result.candidate is not None,
+            "density": None if result.density is None else result.density.reason or "offered",
             "cpu_seconds": clock.seconds,
             "settings": result.settings,
         }
@@ -176,6 +188,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=100)
+    parser.add_argument("--only", nargs="+", choices=list(arms()))
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--render", action="store_true")
     args = parser.parse_args()
@@ -183,7 +196,13 @@ def main() -> None:
         content = json.loads((args.output / "results.json").read_text(encoding="utf-8"))
     else:
         torch.set_num_threads(1)
-        seeds = {str(seed): run_seed(args.data, seed, args.updates) for seed in args.seeds}
+        stored = args.output / "results.json"
+        known = json.loads(stored.read_text(encoding="utf-8"))["seeds"] if args.only else {}
+        seeds = {}
+        for seed in args.seeds:
+            found = run_seed(args.data, seed, args.updates, args.only)
+            both = known.get(str(seed), {}) | found
+            seeds[str(seed)] = {arm: both[arm] for arm in ("start", *arms()) if arm in both}
         content = {"updates": args.updates, "seeds": seeds}
     common.write(args.output, content, page(content))
 

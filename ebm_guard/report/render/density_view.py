@@ -31,7 +31,8 @@ def density_sentence(section: Item) -> str:
     base = _BASES.get(section["base"], section["base"])
     found = f"The model is p = q exp(-E - c) on {where}, with q made of {base}. "
     if section["status"] == "offered":
-        return found + "Both checks agree with the learned normaliser."
+        notes = "".join(f" {note[:1].upper()}{note[1:]}." for note in section["checks"]["notes"])
+        return f"{found}Both checks agree with its normaliser.{notes}"
     return found + f"It is not to be used as a density: {section['reason']}."
 
 
@@ -39,7 +40,7 @@ def density_rows(section: Item) -> list[tuple[str, str, str]]:
     """List what was measured: name, figure, and what it is compared with."""
     checks = section["checks"]
     annealed = checks["annealed"]
-    off = checks["difference"]
+    off, error = checks["difference"], checks["constant_standard_error"]
     ends = "" if off["low"] is None else f" [{100 * off['low']:+.1f}, {100 * off['high']:+.1f}]"
     expected = (
         f"the density itself expects {100 * checks['expected']:.1f} %: {100 * off['value']:+.1f}"
@@ -62,14 +63,17 @@ def density_rows(section: Item) -> list[tuple[str, str, str]]:
         ),
         (
             "log Z, learned",
-            f"{section['constant']:.3f} nats",
-            "refitted on training rows for the final weights",
+            f"{checks['learned']:.3f} nats",
+            "refitted on training rows for the final weights"
+            + ("" if error is None else f"; standard error {error:.3f} nats"),
         ),
         ("log Z, sampled", sampled, chains),
     ]
     if checks["exact"] is not None:
         exact = f"{checks['exact']:.3f} nats"
-        rows.append(("log Z, exact", exact, "in closed form: q and a linear head"))
+        rows.append(
+            ("log Z, exact", exact, "in closed form: q and a linear head; the one that is used")
+        )
     return rows
 
 
@@ -82,6 +86,8 @@ def density_bits(section: Item) -> list[tuple[str, Item]]:
         "bits": "the offered density",
         "bits_base": "q alone, without the energy",
         "bits_noise": "the density of the noise",
+        "excess_base": "the offered density minus q alone, row by row",
+        "excess_noise": "the offered density minus the noise, row by row",
     }
     return [(name, checks[key]) for key, name in names.items()]
 

@@ -9,8 +9,8 @@ from torch import nn
 from ebm_guard.model.isolation import untouched
 from ebm_guard.model.weights import weights_hash
 from ebm_guard.training.density.checks import check_density
+from ebm_guard.training.density.heads import found_head, head_weights
 from ebm_guard.training.density.record import NOT_OFFERED, OFFERED, EnergyDensity
-from ebm_guard.training.density.spaces import found_head, head_weights
 from ebm_guard.training.images import TrainingImages
 from ebm_guard.training.objectives.base import Objective
 from ebm_guard.training.objectives.nce import Nce
@@ -27,7 +27,7 @@ def contrastive_objective(objective: Objective) -> Nce | None:
     return inner if isinstance(inner, Nce) else None
 
 
-def measure_density(of: Prepared, candidate: nn.Module, *, accepted: bool) -> EnergyDensity | None:
+def measure_density(of: Prepared, candidate: nn.Module) -> EnergyDensity | None:
     """Refit c for the candidate's weights, check it, and offer its density where that holds.
 
     c is refitted on training rows; the checks take the acceptance rows, which nothing was
@@ -35,8 +35,7 @@ def measure_density(of: Prepared, candidate: nn.Module, *, accepted: bool) -> En
 
     Args:
         of: what the run started from, its objective with what it learned.
-        candidate: the net.
-        accepted: whether it takes the start's place; the start has no density.
+        candidate: the net, which takes the start's place; the start has no density.
 
     Returns:
         The density, offered or not; None for an objective that learns none.
@@ -66,14 +65,13 @@ def measure_density(of: Prepared, candidate: nn.Module, *, accepted: bool) -> En
             head=head,
         )
     problems = checks.problems()
-    if not accepted:
-        problems = ["the start was returned, and a density belongs to the fine-tuned net"]
+    agree = ["the held-out accuracy and the sampled log Z agree with it", *checks.notes()]
     return EnergyDensity(
         status=NOT_OFFERED if problems else OFFERED,
-        reason="; ".join(problems) or "the held-out accuracy and the sampled log Z agree with it",
+        reason="; ".join(problems or agree),
         space=space.name,
         base=space.base,
-        constant=checks.constant.value,
+        constant=checks.constant,
         checks=checks.to_dict(),
         weights=weights_hash(candidate),
         head=None if head is None else (head[0].cpu(), head[1].cpu()),
@@ -85,11 +83,11 @@ def told(density: EnergyDensity) -> str:
     """Say in one sentence what became of the density."""
     if not density.offered:
         return f"No density is offered: {density.reason}."
-    bits = density.checks["bits"]["value"]
+    bits, notes = density.checks["bits"]["value"], density.checks["notes"]
     return (
         f"A density of {density.space} is offered: log Z = {density.constant:.3f} nats, "
-        f"{bits:.3f} bits per dimension on held-out rows."
-    )
+        f"{bits:.3f} bits per dimension on held-out rows" + "".join(f"; {note}" for note in notes)
+    ) + "."
 
 
 def _pixels(images: TrainingImages, seed: int) -> torch.Tensor:

@@ -71,15 +71,26 @@ class EnergyDensity:
         """Compute log p in nats, (N,) float64.
 
         Args:
-            points: features (N, D), or images (N, C, H, W) in [0, 1]. A density of pixels takes
-                an image at the middle of its cell on the grid of bytes, (round(255 x) + 1/2) / 256.
+            points: features (N, D), or images (N, C, H, W) in [0, 1] or uint8. A density of pixels
+                takes an image at the middle of its cell on the grid of bytes,
+                (round(255 x) + 1/2) / 256.
 
         Raises:
             NotFittedError: the density is not offered, with the reason; or images without a net.
-            InvalidInputError: points of another shape.
+            InvalidInputError: points of another shape, not of a floating type, or not finite;
+                images outside [0, 1].
         """
         if not self.offered:
             raise NotFittedError(f"this run offers no density: {self.reason}")
+        if points.ndim == 4 and points.dtype == torch.uint8:
+            points = points.float() / 255
+        if not points.is_floating_point() or not bool(torch.isfinite(points).all()):
+            raise InvalidInputError(
+                f"got points of {points.dtype}"
+                + (", some NaN or infinite" if points.is_floating_point() else "")
+                + f"; needed finite {self.space} of a floating type, or images (N, C, H, W) in "
+                "[0, 1] or uint8"
+            )
         if points.ndim == 4:
             points = self._of_images(points)
         if points.shape[1:] != self.base.shape:
@@ -104,9 +115,17 @@ class EnergyDensity:
 
     def _of_images(self, images: Tensor) -> Tensor:
         classifier = self._net()
+        if not bool(((images >= 0) & (images <= 1)).all()):
+            raise InvalidInputError(
+                f"got images from {float(images.min()):g} to {float(images.max()):g}; needed "
+                "pixels in [0, 1] (before the model's normalisation), or uint8"
+            )
         if self.space == "pixels":
             return ((images.double() * 255).round() + 0.5) / 256
         with untouched(classifier.model):
+            if classifier.head is None or not classifier.head.found:
+                # One image of the user's would prove nothing about a layer.
+                classifier.probe_head(classifier.pixels(_made_up(images)))
             generator = torch.Generator(device=classifier.device or "cpu")
             return space_of(self.space).points(classifier, images, generator)
 
@@ -197,21 +216,41 @@ def _from_facts(
     facts: dict[str, Any], tensors: dict[str, Tensor], classifier: EnergyClassifier | None
 ) -> EnergyDensity:
     base = {key.removeprefix(_BASE): part for key, part in tensors.items() if key.startswith(_BASE)}
-    found = "head.weight" in tensors
     constant = float(facts["constant"])
     if not math.isfinite(constant):
         raise ValueError(f"c is {constant}")
+    made = density_from_state(facts["base"], base)
+    head = _checked_head(tensors, made) if space_of(facts["space"]).name == "features" else None
     return EnergyDensity(
         status=facts["status"],
         reason=facts["reason"],
-        space=space_of(facts["space"]).name,
-        base=density_from_state(facts["base"], base),
+        space=facts["space"],
+        base=made,
         constant=constant,
         checks=facts["checks"],
         weights=facts["weights"],
-        head=(tensors["head.weight"], tensors["head.bias"]) if found else None,
+        head=head,
         classifier=classifier,
     )
+
+
+def _checked_head(tensors: dict[str, Tensor], base: KnownDensity) -> tuple[Tensor, Tensor]:
+    weight, bias = tensors["head.weight"], tensors["head.bias"]
+    if weight.ndim != 2 or weight.shape[1] != base.dim or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"its head has weights {tuple(weight.shape)} and biases {tuple(bias.shape)} for points "
+            f"of {base.dim} values"
+        )
+    if not bool(torch.isfinite(weight).all()) or not bool(torch.isfinite(bias).all()):
+        raise ValueError("its head holds values that are not finite")
+    return weight, bias
+
+
+def _made_up(images: Tensor) -> Tensor:
+    """Return 8 images of noise of this size, of different brightness."""
+    generator = torch.Generator().manual_seed(0)
+    made = torch.rand(8, *images.shape[1:], generator=generator)
+    return made * torch.rand(8, 1, 1, 1, generator=generator)
 
 
 def space_of(name: str) -> Space:

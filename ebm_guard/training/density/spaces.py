@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ebm_guard import energy as formulas
-from ebm_guard.errors import InvalidInputError, NotFittedError, UnsupportedModelError
+from ebm_guard.errors import InvalidInputError, NotFittedError
 from ebm_guard.model import EnergyClassifier
-from ebm_guard.model.head import Head, capture_inputs
+from ebm_guard.model.head import capture_inputs
 from ebm_guard.model.isolation import pixel_forward
 from ebm_guard.sampling.checks import check_choice
 from ebm_guard.sampling.densities import (
@@ -30,6 +30,16 @@ from ebm_guard.sampling.densities import (
 )
 from ebm_guard.sampling.sampler import EnergyFunction
 from ebm_guard.training.context import Context, TrainingBatch
+from ebm_guard.training.density.first_rows import class_counts, fitting_rows
+from ebm_guard.training.density.heads import (
+    check_fixed,
+    classifier_of,
+    features_of,
+    found_head,
+    head_weights,
+    linear_energies,
+    set_discriminant,
+)
 
 BASES = ("gaussian", "mixture")
 HEADS = ("discriminant", "given")
@@ -80,8 +90,8 @@ class Space(ABC):
         return _fitted(self._noise)
 
     @abstractmethod
-    def begin(self, context: Context, batch: TrainingBatch) -> None:
-        """Fit the known densities on a first batch.
+    def begin(self, context: Context, batch: TrainingBatch) -> Tensor:
+        """Fit the known densities on a first batch, and return the points they were fitted on.
 
         Raises:
             InvalidInputError: this space and what is trained do not go together.
@@ -153,7 +163,7 @@ class FeatureSpace(Space):
 
     name = "features"
 
-    def __init__(self, base: str = "gaussian", head: str = "given") -> None:
+    def __init__(self, base: str = "mixture", head: str = "given") -> None:
         super().__init__()
         self.kind = check_choice("base", base, BASES)
         self.head = check_choice("head", head, HEADS)
@@ -163,40 +173,40 @@ class FeatureSpace(Space):
                 "one Gaussian into that mixture: use base='gaussian'"
             )
 
-    def begin(self, context: Context, batch: TrainingBatch) -> None:
+    def begin(self, context: Context, batch: TrainingBatch) -> Tensor:
         """Fit the densities on features.
 
         Raises:
-            InvalidInputError: weights outside of the head are trained, so that features move.
+            InvalidInputError: weights outside of the head are trained, so that features move; a
+                head that a discriminant cannot take the place of.
             UnsupportedModelError: the head was not found.
         """
         classifier = classifier_of(context)
         head = found_head(classifier, batch.pixels)
-        _check_fixed(classifier, head)
-        features = self.points(classifier, batch.pixels, context.torch_generator("points"))
-        labels = batch.labels.to(features.device)
-        self._noise = self._base = mixture = GaussianMixture.fit(features, labels)
-        if self.kind == "mixture":
-            return
-        self._base = base = GaussianMixture.fit(features, labels, components="one")
-        if self.head == "discriminant":
-            _set_discriminant(head, base, mixture, context.num_classes)
+        check_fixed(classifier, head)
+        pairs = [
+            (features_of(context, head, pixels), labels) for pixels, labels in fitting_rows(batch)
+        ]
+        features, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        counts = class_counts(batch)
+        self._noise = self._base = mixture = GaussianMixture.fit(features, labels, counts=counts)
+        if self.kind == "gaussian":
+            self._base = base = GaussianMixture.fit(
+                features, labels, components="one", counts=counts
+            )
+            if self.head == "discriminant":
+                set_discriminant(head, base, mixture, context.num_classes)
+        return features
 
     def contrast(self, context: Context, batch: TrainingBatch, noise: Tensor) -> Contrasted:
-        """Run the net on the batch; the noise passes the head alone."""
+        """Run the net on the batch; data and noise then pass the head alone."""
         head = found_head(classifier_of(context), batch.pixels)
         with capture_inputs(head.layers) as inputs:
             logits = context.together(augmented=batch.augmented, data=batch.pixels)
         # The data are the last rows, alone or after the augmented images.
         features = head.features(inputs).detach()[-len(batch) :]
-        weight, bias = head.weight, head.bias
-        off = F.linear(noise.to(weight), weight, bias)
-        return Contrasted(
-            logits["augmented"],
-            features.double(),
-            formulas.energy(logits["data"]),
-            formulas.energy(off),
-        )
+        data, off = linear_energies(head, features, noise)
+        return Contrasted(logits["augmented"], features.double(), data, off)
 
     @torch.no_grad()
     def points(
@@ -224,8 +234,8 @@ class PixelSpace(Space):
 
     name = "pixels"
 
-    def begin(self, context: Context, batch: TrainingBatch) -> None:
-        """Fit the density on the batch.
+    def begin(self, context: Context, batch: TrainingBatch) -> Tensor:
+        """Fit the density.
 
         Raises:
             InvalidInputError: the images have more than 1,024 values.
@@ -237,8 +247,12 @@ class PixelSpace(Space):
                 f"pixels is for at most {MOST_PIXELS:,}: no known noise is near larger images, so "
                 "telling it from them is too easy to teach a density. Use space='features'"
             )
-        points = dequantised(batch.pixels, context.torch_generator("points"))
-        self._base = self._noise = TruncatedNormalMixture.fit(points, batch.labels)
+        pixels, labels = (torch.cat(parts) for parts in zip(*fitting_rows(batch), strict=True))
+        points = dequantised(pixels, context.torch_generator("points"))
+        self._base = self._noise = TruncatedNormalMixture.fit(
+            points, labels, counts=class_counts(batch)
+        )
+        return points
 
     def contrast(self, context: Context, batch: TrainingBatch, noise: Tensor) -> Contrasted:
         """Run the net once on the images, the points and the noise."""
@@ -273,8 +287,8 @@ class PixelSpace(Space):
         )
 
 
-def make_space(space: str, base: str = "gaussian", head: str = "given") -> Space:
-    """Make a space by its name.
+def make_space(space: str, base: str | None = None, head: str = "given") -> Space:
+    """Make a space by its name; ``base`` is ``mixture`` by default, and of features alone.
 
     Raises:
         InvalidInputError: unknown names, or ones that do not go together.
@@ -284,8 +298,12 @@ def make_space(space: str, base: str = "gaussian", head: str = "given") -> Space
         'features'
     """
     if check_choice("space", space, ("features", "pixels")) == "features":
-        return FeatureSpace(base, head)
-    check_choice("base", base, BASES)
+        return FeatureSpace(base or "mixture", head)
+    if base is not None:
+        raise InvalidInputError(
+            f"got base={base!r} with space='pixels', where q is a mixture of cut-off normals and "
+            "nothing else; leave base out, or use space='features'"
+        )
     if check_choice("head", head, HEADS) == "discriminant":
         raise InvalidInputError("got head='discriminant' with space='pixels'; it is of features")
     return PixelSpace()
@@ -306,87 +324,8 @@ def dequantised(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return (bytes_ + uniform.to(bytes_.device)) / 256
 
 
-def classifier_of(context: Context) -> EnergyClassifier:
-    """Return the classifier that is trained.
-
-    Raises:
-        InvalidInputError: the context has none.
-    """
-    if context.classifier is None:
-        raise InvalidInputError(
-            "this context has no classifier; densities need its features and its head"
-        )
-    return context.classifier
-
-
-def found_head(classifier: EnergyClassifier, pixels: Tensor) -> Head:
-    """Return the verified head, which is looked for once.
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    head = classifier.head
-    if head is None or not head.found:
-        head = classifier.probe_head(classifier.pixels(pixels[:8]))
-    if not head.found:
-        raise UnsupportedModelError(
-            f"the head of this {classifier.name} was not found: {head.message}. A density on "
-            "features needs it; small images may use space='pixels'"
-        )
-    return head
-
-
-def head_weights(classifier: EnergyClassifier) -> tuple[Tensor, Tensor]:
-    """Return W (C, D) and b (C,) of the verified head, detached."""
-    head = classifier.head
-    if head is None or not head.found:
-        raise NotFittedError("the head was not looked for yet; call probe_head(batch) first")
-    return head.weight.detach(), head.bias.detach()
-
-
-@torch.no_grad()
-def _set_discriminant(
-    head: Head, base: GaussianMixture, mixture: GaussianMixture, num_classes: int
-) -> None:
-    """Give the head the weights for which base exp(-E) is the mixture."""
-    layer = head.layers[0]
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if len(head.layers) > 1 or not isinstance(weight, Tensor) or not isinstance(bias, Tensor):
-        raise InvalidInputError(
-            f"got a head of {len(head.layers)} layers ({', '.join(head.names)}); a discriminant "
-            "needs one layer with a bias. Use head='given'"
-        )
-    if len(mixture.means) < num_classes:
-        raise InvalidInputError(
-            f"the first rows have labels of {len(mixture.means)} of {num_classes} classes; a "
-            "discriminant needs some of each. Use head='given'"
-        )
-    inverse = torch.cholesky_inverse(base.scale_tril)
-    middle, means = base.means[0], mixture.means
-    found = (means - middle) @ inverse
-    squares = ((means @ inverse) * means).sum(dim=1) - middle @ inverse @ middle
-    weight.copy_(found.view(weight.shape))
-    bias.copy_(mixture.weights.log() - squares / 2)
-
-
-def _check_fixed(classifier: EnergyClassifier, head: Head) -> None:
-    own = {id(part) for layer in head.layers for part in layer.parameters()}
-    parts = _named_parameters(classifier.model)
-    moving = [name for name, part in parts if part.requires_grad and id(part) not in own]
-    if moving:
-        raise InvalidInputError(
-            f"{len(moving):,} weights outside of the head are trained, such as {moving[0]}: the "
-            "features would move away from the density that was fitted to them. Use "
-            "scope='head', or space='pixels' for small images"
-        )
-
-
-def _named_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
-    return list(model.named_parameters()) if isinstance(model, nn.Module) else []
-
-
 def _parameters(model: Any) -> list[nn.Parameter]:
-    return [part for _, part in _named_parameters(model)]
+    return list(model.parameters()) if isinstance(model, nn.Module) else []
 
 
 def _fitted(density: KnownDensity | None) -> KnownDensity:

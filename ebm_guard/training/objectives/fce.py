@@ -13,10 +13,13 @@ from ebm_guard import energy as formulas
 from ebm_guard.sampling.checks import check_whole
 from ebm_guard.sampling.densities import GaussianMixture, KnownDensity
 from ebm_guard.training.context import Context, TrainingBatch
-from ebm_guard.training.density.spaces import classifier_of, found_head, head_weights
+from ebm_guard.training.density.heads import classifier_of, found_head, head_weights
 from ebm_guard.training.objectives.base import LossTerms
 from ebm_guard.training.objectives.flow import FlowDensity, require_zuko
 from ebm_guard.training.objectives.nce import Nce
+
+# Of the flow's learning rate at each rollback, as the loop slows down the net's.
+SLOWER = 0.5
 
 
 class Fce(Nce):
@@ -32,6 +35,7 @@ class Fce(Nce):
     head's weights and c, beside the class loss, and one step down V in the weights a of the flow,
     through its density and through its draws. The flow starts by maximum likelihood. Where the
     model is right, V pulls the flow towards the data's density, as a Jensen-Shannon divergence.
+    A rollback takes the flow back to its likelihood start and halves its learning rate.
 
     Args:
         weight: w >= 0.
@@ -39,7 +43,7 @@ class Fce(Nce):
         head: ``discriminant`` or ``given``; see ``nce``.
         ratio: draws for each image, whole, >= 1.
         warm_up: share of the run over which the weight of the contrast rises.
-        flow_steps: steps of the likelihood start, on the first batch.
+        flow_steps: steps of the likelihood start, on the rows that q is fitted on.
 
     Raises:
         InvalidInputError: settings out of range; zuko is not installed.
@@ -55,7 +59,7 @@ class Fce(Nce):
     def __init__(
         self,
         weight: float = 1.0,
-        base: str = "gaussian",
+        base: str = "mixture",
         head: str | None = None,
         ratio: int = 1,
         warm_up: float = 0.1,
@@ -67,6 +71,7 @@ class Fce(Nce):
         )
         self.flow_steps = check_whole("flow_steps", flow_steps)
         self._flow: FlowDensity | None = None
+        self._begun: dict[str, Any] | None = None
 
     @property
     def flow(self) -> FlowDensity:
@@ -78,16 +83,15 @@ class Fce(Nce):
             self._flow = FlowDensity(like)
         return self._flow
 
-    def begin(self, context: Context, batch: TrainingBatch) -> None:
-        """Fit q on the batch, and the flow by maximum likelihood."""
-        super().begin(context, batch)
-        self._flow = None
+    def begun(self, context: Context, points: Tensor) -> None:
+        """Fit the flow by maximum likelihood, and keep it for rollbacks."""
         like = self.space.noise
-        if isinstance(like, GaussianMixture):
-            self._flow = FlowDensity(like, context.seed, context.device)
-        generator = context.torch_generator("flow")
-        points = self.space.points(classifier_of(context), batch.pixels, generator)
-        self.flow.fit(points, self.flow_steps, generator)
+        if not isinstance(like, GaussianMixture):
+            raise TypeError("the noise of features is a mixture of Gaussians")
+        self._flow = FlowDensity(like, context.seed, context.device)
+        self._flow.fit(points, self.flow_steps, context.torch_generator("flow"))
+        self._flow.restart()
+        self._begun = self._flow.state_dict()
 
     def loss(self, context: Context, batch: TrainingBatch) -> LossTerms:
         """Compute class loss and contrast; c and the flow take their steps."""
@@ -123,22 +127,24 @@ class Fce(Nce):
         return self.flow
 
     def rolled_back(self, context: Context) -> None:
-        """Fit c anew, and forget the moments of the flow's optimiser."""
+        """Fit c anew, and go back to the flow of the start, which then learns more slowly."""
         super().rolled_back(context)
-        self.flow.restart()
+        if self._begun is not None:
+            self.flow.load_state_dict(self._begun)
+        self.flow.restart(SLOWER**context.attempt)
 
     def identity(self) -> dict[str, Any]:
         """Return the settings as they were given."""
         return {**super().identity(), "flow_steps": self.flow_steps}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return c, the known densities, and the flow with its optimiser."""
+        """Return c, the known densities, and the flow with its optimiser, now and at the start."""
         flow = None if self._flow is None else self._flow.state_dict()
-        return {**super().state_dict(), "flow": flow}
+        return {**super().state_dict(), "flow": flow, "begun": self._begun}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back c, the known densities, and the flow."""
         super().load_state_dict(state)
-        self._flow = None
+        self._flow, self._begun = None, state["begun"]
         if state["flow"] is not None:
             self.flow.load_state_dict(state["flow"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -32,7 +33,8 @@ class FlowDensity(KnownDensity):
     Args:
         like: the mixture.
         seed: of the first weights; torch's global generator is left as it is.
-        device: of the weights.
+        device: of the weights at first; they follow the points that are asked for, since a resumed
+            run makes the flow on the CPU.
 
     Raises:
         InvalidInputError: zuko is not installed, or points of one value only.
@@ -59,8 +61,9 @@ class FlowDensity(KnownDensity):
         self._log_volume = float(self._scale.diagonal().log().sum())
         around = GaussianMixture(like.weights, like.means - self._middle, like.scale_tril)
         self._base = around.whitened()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        # Seeding the CPU's generator alone: torch.manual_seed would reseed those of all devices.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
             made = zuko.flows.MAF(like.dim, transforms=_LAYERS, hidden_features=_HIDDEN, passes=2)
         for part in made.modules():
             if isinstance(part, (zuko.nn.MLP, zuko.nn.MaskedMLP)):
@@ -78,6 +81,7 @@ class FlowDensity(KnownDensity):
     def log_density(self, points: Tensor) -> Tensor:
         """Compute log q_a(h), (N,) float64, with gradients to the points and the flow."""
         place = points.device
+        self.to(place)
         rows = torch.linalg.solve_triangular(
             self._scale.to(place), (points.double() - self._middle.to(place)).T, upper=False
         ).T
@@ -92,6 +96,7 @@ class FlowDensity(KnownDensity):
 
     def _moved(self, drawn: Tensor) -> Tensor:
         place = drawn.device
+        self.to(place)
         rows: Tensor = self.flow().transform.inv(drawn.float()).double()
         return rows @ self._scale.T.to(place) + self._middle.to(place)
 
@@ -139,15 +144,25 @@ class FlowDensity(KnownDensity):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def restart(self) -> None:
-        """Forget the optimiser's moments."""
+    def restart(self, factor: float = 1.0) -> None:
+        """Forget the optimiser's moments; its learning rate is the first one times a factor."""
+        self._optimizer = torch.optim.Adam(self.flow.parameters(), lr=factor * _RATE)
+
+    def to(self, device: torch.device) -> None:
+        """Move weights and optimiser to a device, where they are not there yet."""
+        wanted = torch.empty(0, device=device).device
+        if next(self.flow.parameters()).device == wanted:
+            return
+        state = self._optimizer.state_dict()
+        self.flow.to(wanted)
         self._optimizer = torch.optim.Adam(self.flow.parameters(), lr=_RATE)
+        self._optimizer.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights and the optimiser."""
+        """Return copies of the weights and the optimiser."""
         return {
             "flow": {key: part.clone() for key, part in self.flow.state_dict().items()},
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -158,7 +173,7 @@ class FlowDensity(KnownDensity):
         """
         try:
             self.flow.load_state_dict(state["flow"])
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(copy.deepcopy(dict(state["optimizer"])))
         except (KeyError, RuntimeError, ValueError) as error:
             raise DataError(f"the state of this flow is damaged: {error}") from None
 

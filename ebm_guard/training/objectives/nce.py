@@ -37,26 +37,32 @@ class Nce(Objective):
 
     On ``features`` x is the input h of the last linear layer, which alone is trained (scope
     ``head``), so that the features stay where q and n were fitted. n is a mixture with one
-    Gaussian for each class and one shrunk covariance S. q is one Gaussian with the covariance S
+    Gaussian for each class and one shrunk covariance S. By default q is n itself (``mixture``):
+    the energy is then the log-ratio of the data to that mixture, a correction on top of it, and
+    the given head is trained on. Or q is one Gaussian with the covariance S
     (``base="gaussian"``): p is then a mixture of N(m + S w_k, S), and to classify and to be the
-    density of the data ask the same of the head. Or q is n itself (``mixture``), which the energy
-    can only spoil where the classes are Gaussian: a check of what a given head says. Both have
-    a closed-form log Z, which the check after the run uses beside the sampled one.
+    density of the data ask the same of the head. Both have a closed-form log Z, which the check
+    after the run uses beside the sampled one.
 
-    A head from cross-entropy is far from a density, so with ``gaussian`` the run starts from the
-    head of linear discriminant analysis (``head="discriminant"``), for which q exp(-E) is n. It
-    is another classifier than the one given: whether it is as good is for the acceptance test.
+    A head from cross-entropy is far from such a density, so with ``gaussian`` the run starts from
+    the head of linear discriminant analysis (``head="discriminant"``), for which q exp(-E) is n.
+    It is another classifier than the one given, and often not as good a one: the acceptance test
+    then returns the start.
 
     On ``pixels`` (at most 1,024 values; the whole net may move) x is the image with noise inside
     the cells of its grid of bytes, and q = n a mixture over the classes of products of normals
-    cut off at the edges of [0, 1].
+    cut off at the edges of [0, 1]. The learning rate is then that of a whole net, 3e-4.
+
+    q and n are fitted on labelled training rows, some of every class, about 4,096 in all, with the
+    classes weighted as they occur. Energies of features are computed in float32 at least.
 
     Args:
         weight: w >= 0.
         space: ``features`` or ``pixels``.
-        base: q on features: ``gaussian`` or ``mixture``.
+        base: q on features: ``mixture`` (default) or ``gaussian``; not to be given for pixels.
         head: ``discriminant`` or ``given``: what the head starts from; default: the first where
-            the base is ``gaussian``.
+            the base is ``gaussian``. It needs a plain linear layer with a bias that is trained as
+            a whole.
         ratio: draws of noise for each image, whole, >= 1.
         warm_up: share of the run over which r rises from 0 to 1.
 
@@ -82,7 +88,7 @@ class Nce(Objective):
         self,
         weight: float = 1.0,
         space: str = "features",
-        base: str = "gaussian",
+        base: str | None = None,
         head: str | None = None,
         ratio: int = 4,
         warm_up: float = 0.1,
@@ -90,12 +96,14 @@ class Nce(Objective):
         self.weight = check_number("weight", weight)
         self.warm_up = check_number("warm_up", warm_up, high=1.0)
         self.ratio = check_whole("ratio", ratio, 1)
-        self.base = base
         by_discriminant = space == "features" and base == "gaussian"
         self.head = head or ("discriminant" if by_discriminant else "given")
         self.space: Space = make_space(space, base, self.head)
+        self.base = base or "mixture"
         if space == "pixels":
             self.default_scope = "all"  # type: ignore[misc]
+            # That of a head alone is too high for a whole net.
+            self.default_learning_rate = Objective.default_learning_rate  # type: ignore[misc]
         self._constant: Tensor | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._seen: Tensor | None = None
@@ -106,10 +114,11 @@ class Nce(Objective):
         return None if self._constant is None else float(self._constant.detach())
 
     def begin(self, context: Context, batch: TrainingBatch) -> None:
-        """Fit q and n on the batch.
+        """Fit q and n on labelled rows, and set the head where it starts from a discriminant.
 
         Raises:
-            InvalidInputError: several processes, or features that would move.
+            InvalidInputError: several processes, features that would move, or a head that cannot
+                be set.
         """
         if context.world > 1:
             raise InvalidInputError(
@@ -118,7 +127,11 @@ class Nce(Objective):
                 "between processes. Run it in one"
             )
         self._constant = self._optimizer = None
-        self.space.begin(context, batch)
+        self.begun(context, self.space.begin(context, batch))
+
+    def begun(self, context: Context, points: Tensor) -> None:
+        """Look at the points that q and n were fitted on."""
+        del context, points
 
     def loss(self, context: Context, batch: TrainingBatch) -> LossTerms:
         """Compute the class loss and the contrast from one forward pass; c takes its step."""
@@ -190,7 +203,7 @@ class Nce(Objective):
             "objective": self.name,
             "weight": self.weight,
             "space": self.space.name,
-            "base": self.base if self.space.name == "features" else "mixture",
+            "base": self.base,
             "head": self.head if self.space.name == "features" else None,
             "ratio": self.ratio,
             "warm_up": self.warm_up,
