@@ -20,7 +20,8 @@ SETTINGS = {
     "margin": {"objective": "margin"},
     "dat": {"objective": "dat"},
     "jem": {"objective": "jem", "objective_settings": {"num_steps": 2}, "learning_rate": 1e-5},
-    "nce": {"objective": "nce"},
+    # The base for which the head is replaced before the first update.
+    "nce": {"objective": "nce", "objective_settings": {"base": "gaussian"}},
     "fce": {"objective": "fce", "objective_settings": {"flow_steps": 2}},
 }
 
@@ -36,7 +37,13 @@ def interrupt_at(update):
 
 
 @pytest.mark.parametrize(
-    "name", ["margin", "jem", "nce", "fce", pytest.param("dat", marks=pytest.mark.slow)]
+    "name",
+    [
+        "margin",
+        "jem",
+        "nce",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fce", "dat")),
+    ],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(name, tmp_path, monkeypatch):
     if name == "fce":

@@ -67,7 +67,8 @@ def with_few_labels(n, kept):
 def test_a_few_labels_among_many_images_are_found():
     """512 random rows of 3,000 would hold 2 of the 12 labelled ones."""
     train = with_few_labels(3000, 4)
-    found = finetune(classifier_around(start_net()), train, images(600, 2), objective="nce", **FEW)
+    objective, start = make_objective("nce", base="gaussian"), classifier_around(start_net())
+    found = finetune(start, train, images(600, 2), objective=objective, **FEW)
     assert [line["kind"] for line in found.history].count("update") == 1
 
 
@@ -101,7 +102,13 @@ def test_the_start_is_measured_with_the_head_that_is_trained():
             return super().loss(context, batch)
 
     train = images(300, 1)
-    finetune(classifier_around(start_net()), train, images(600, 2), objective=Watched(), **FEW)
+    finetune(
+        classifier_around(start_net()),
+        train,
+        images(600, 2),
+        objective=Watched(base="gaussian"),
+        **FEW,
+    )
     assert seen[0][0] == pytest.approx(seen[0][1], abs=1e-4)
 
 

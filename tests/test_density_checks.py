@@ -51,10 +51,8 @@ def test_checks_agree_with_the_truth_and_follow_a_constant():
 
 def test_too_few_rows_agree_with_nothing():
     """100 rows leave the interval so wide that a wrong energy would lie in it."""
-    for scale in (1.0, 0.5):
-        problems = checked(scale=scale, held=100).problems()
-        assert "too few held-out rows to tell (100)" in problems[0]
-        assert "takes about 534" in problems[0] or scale < 1
+    problems = checked(scale=0.5, held=100).problems()
+    assert "too few held-out rows to tell (100)" in problems[0]
 
 
 def test_a_bad_sampler_does_not_excuse_a_constant_where_log_z_is_known():
@@ -109,6 +107,7 @@ def test_a_density_of_other_data_is_only_ever_said_to_be_its_noise():
     assert "no more than its noise" in found.notes()[0]
 
 
+@pytest.mark.slow
 def test_a_density_of_pixels_is_offered_where_it_learned_something():
     """Two pixels that go together: no product over pixels can say it, a small net can."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 3)).eval()

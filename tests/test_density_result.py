@@ -135,6 +135,7 @@ def test_points_that_have_no_density_are_refused(run):
             density.log_density(bad)
 
 
+@pytest.mark.slow
 def test_what_fce_learned_is_offered():
     pytest.importorskip("zuko")
     found = toy_run(objective="fce")
