@@ -7,6 +7,9 @@ and one row here.
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from ebm_guard.errors import InvalidInputError, suggest
 from ebm_guard.registry import (
     attacks,
@@ -105,4 +108,25 @@ def get(family: str, name: str) -> Method:
     return rows[name]
 
 
-__all__ = ["FAMILIES", "Method", "get", "methods"]
+def make(family: str, name: str, **settings: Any) -> Any:
+    """Load the class of a method and make one with these settings.
+
+    Raises:
+        InvalidInputError: no such family, name or setting; near names are suggested.
+
+    Example:
+        >>> make("class_loss", "hinge", m=2).settings()
+        {'class_loss': 'hinge', 'm': 2.0}
+    """
+    made = get(family, name).load()
+    known = list(inspect.signature(made).parameters)
+    for setting, value in settings.items():
+        if setting not in known:
+            raise InvalidInputError(
+                f"got {setting}={value!r} for the {family.replace('_', ' ')} {name!r}; it takes "
+                f"{', '.join(known) or 'no settings'}{suggest(setting, known)}"
+            )
+    return made(**settings)
+
+
+__all__ = ["FAMILIES", "Method", "get", "make", "methods"]

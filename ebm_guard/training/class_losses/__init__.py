@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from ebm_guard import registry
-from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.errors import InvalidInputError
 from ebm_guard.training.class_losses.base import MARGINS, UNLABELLED, ClassLoss, PairLoss
 
 
@@ -40,15 +39,8 @@ def make_class_loss(class_loss: str | ClassLoss = "nll", **settings: Any) -> Cla
             f"got a {type(class_loss).__name__} as class loss; needed a registered name, or an "
             "object made from ClassLoss"
         )
-    made: type[ClassLoss] = registry.get("class_loss", class_loss).load()
-    known = list(inspect.signature(made).parameters)
-    for name, value in settings.items():
-        if name not in known:
-            raise InvalidInputError(
-                f"got {name}={value!r} for the class loss {class_loss!r}; it takes "
-                f"{', '.join(known) or 'no settings'}{suggest(name, known)}"
-            )
-    return made(**settings)
+    made: ClassLoss = registry.make("class_loss", class_loss, **settings)
+    return made
 
 
 __all__ = ["MARGINS", "UNLABELLED", "ClassLoss", "PairLoss", "make_class_loss"]

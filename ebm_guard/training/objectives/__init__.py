@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ebm_guard import registry
-from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.errors import InvalidInputError
 from ebm_guard.training.negatives import given_negatives
 from ebm_guard.training.objectives.base import LossTerms, Objective
 from ebm_guard.training.objectives.callable import CallableObjective, LossFunction
@@ -48,22 +48,16 @@ def make_objective(
                 f"got {given} beside a ready objective; give these to the objective itself"
             )
         return objective if isinstance(objective, Objective) else CallableObjective(objective)
-    made: type[Objective] = registry.get("objective", objective).load()
-    known = [name for name in inspect.signature(made).parameters if name != "self"]
-    for name, value in settings.items():
-        if name not in known:
-            raise InvalidInputError(
-                f"got {name}={value!r} for the objective {objective!r}; it takes "
-                f"{', '.join(known) or 'no settings'}{suggest(name, known)}"
-            )
     if outliers is not None:
-        if "negatives" not in known:
+        kind = registry.get("objective", objective).load()
+        if "negatives" not in inspect.signature(kind).parameters:
             raise InvalidInputError(
                 f"got outliers for the objective {objective!r}, which trains on none; use margin "
                 "or dat"
             )
         settings["negatives"] = given_negatives(outliers, settings.get("negatives"))
-    return made(**settings)
+    made: Objective = registry.make("objective", objective, **settings)
+    return made
 
 
 __all__ = ["CallableObjective", "LossFunction", "LossTerms", "Objective", "make_objective"]

@@ -6,12 +6,11 @@ registry.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from ebm_guard import registry
-from ebm_guard.errors import InvalidInputError, suggest
+from ebm_guard.errors import InvalidInputError
 from ebm_guard.training.objectives.base import Objective
 from ebm_guard.training.regularisers.base import Regulariser
 from ebm_guard.training.regularisers.entropy import Entropy
@@ -43,15 +42,8 @@ def make_regulariser(regulariser: str | Regulariser, **settings: Any) -> Regular
             f"got a {type(regulariser).__name__} as regulariser; needed a registered name or an "
             "object made from Regulariser"
         )
-    made: type[Regulariser] = registry.get("regulariser", regulariser).load()
-    known = list(inspect.signature(made).parameters)
-    for name, value in settings.items():
-        if name not in known:
-            raise InvalidInputError(
-                f"got {name}={value!r} for the regulariser {regulariser!r}; it takes "
-                f"{', '.join(known)}{suggest(name, known)}"
-            )
-    return made(**settings)
+    made: Regulariser = registry.make("regulariser", regulariser, **settings)
+    return made
 
 
 def regularised(objective: Objective, regularisers: Regularisers) -> Objective:
