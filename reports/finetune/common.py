@@ -22,6 +22,7 @@ from ebm_guard.calibration.metrics import accuracy, ece, nll
 from ebm_guard.intervals import mean
 from ebm_guard.model import Preprocessing
 from ebm_guard.ood.metrics import auroc, auroc_difference, fpr95
+from ebm_guard.training import FinetuneResult
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,35 @@ def against(
         **{group: area(names) for group, names in groups.items()},
         "auroc": {name: area((name,)) for name in every},
     }
+
+
+def outcome(result: FinetuneResult, clock: Clock) -> dict[str, Any]:
+    """Return what a run came to, beside its figures."""
+    return {
+        "status": result.status,
+        "reason": result.reason,
+        "trained": result.candidate is not None,
+        "density": None if result.density is None else result.density.reason or "offered",
+        "cpu_seconds": clock.seconds,
+        "settings": result.settings,
+    }
+
+
+def compared(
+    facts: Mapping[str, Mapping[str, Any]], judged: Mapping[str, Judged], sets: Sets, control: str
+) -> dict[str, Any]:
+    """Return facts and figures of every arm, with its differences to the control."""
+    return {
+        arm: facts[arm]
+        | figures(part, sets)
+        | {"against_control": against(part, judged[control], sets)}
+        for arm, part in judged.items()
+    }
+
+
+def status(row: Mapping[str, Any]) -> str:
+    """Return the verdict in a word or two; a run without any usable state is named."""
+    return row["status"] if row.get("trained", True) else "no usable state"
 
 
 class Clock:

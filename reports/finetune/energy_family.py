@@ -99,20 +99,8 @@ def run_seed(data: Path, seed: int, updates: int, only: list[str] | None) -> dic
         # What training reached is judged, also where the user would get the start back.
         net = result.start if result.candidate is None else result.candidate
         judged[arm] = common.judge(net, sets)
-        facts[arm] = {
-            "status": result.status,
-            "reason": result.reason,
-            "trained": result.candidate is not None,
-            "density": None if result.density is None else result.density.reason or "offered",
-            "cpu_seconds": clock.seconds,
-            "settings": result.settings,
-        }
-    return {
-        arm: facts[arm]
-        | common.figures(part, sets)
-        | {"against_control": common.against(part, judged[CONTROL], sets)}
-        for arm, part in judged.items()
-    }
+        facts[arm] = common.outcome(result, clock)
+    return common.compared(facts, judged, sets, CONTROL)
 
 
 def table(seeds: Mapping[str, Mapping[str, Any]]) -> str:
@@ -140,15 +128,10 @@ def table(seeds: Mapping[str, Mapping[str, Any]]) -> str:
             if arm == CONTROL
             else common.signed(averaged([part["auroc_natural"] for part in versus])),
             "" if None in seconds else f"{np.mean(seconds):.0f}",
-            ", ".join(status(row) for row in rows),
+            ", ".join(common.status(row) for row in rows),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def status(row: Mapping[str, Any]) -> str:
-    """Return the verdict in a word or two; a run without any usable state is named."""
-    return row["status"] if row.get("trained", True) else "no usable state"
 
 
 def averaged(parts: list[Mapping[str, Any]]) -> dict[str, float]:
@@ -197,7 +180,11 @@ def main() -> None:
     else:
         torch.set_num_threads(1)
         stored = args.output / "results.json"
-        known = json.loads(stored.read_text(encoding="utf-8"))["seeds"] if args.only else {}
+        known = (
+            json.loads(stored.read_text(encoding="utf-8"))["seeds"]
+            if args.only and stored.exists()
+            else {}
+        )
         seeds = {}
         for seed in args.seeds:
             found = run_seed(args.data, seed, args.updates, args.only)

@@ -78,19 +78,8 @@ def run(data: Path, seed: int, count: int, updates: int) -> dict[str, Any]:
         print(f"{count} labels, seed {seed}, {arm}: {result.status}", file=sys.stderr)
         net = result.start if result.candidate is None else result.candidate
         judged[arm] = common.judge(net, sets)
-        facts[arm] = {
-            "status": result.status,
-            "reason": result.reason,
-            "trained": result.candidate is not None,
-            "cpu_seconds": clock.seconds,
-            "settings": result.settings,
-        }
-    return {
-        arm: facts[arm]
-        | common.figures(part, sets)
-        | {"against_control": common.against(part, judged[CONTROL], sets)}
-        for arm, part in judged.items()
-    }
+        facts[arm] = common.outcome(result, clock)
+    return common.compared(facts, judged, sets, CONTROL)
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -117,9 +106,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             f"{np.mean(natural):.3f}",
             f"{np.mean(every):.3f}",
             "" if None in seconds else f"{np.mean(seconds):.0f}",
-            ", ".join(
-                row["status"] if row.get("trained", True) else "no usable state" for row in rows
-            ),
+            ", ".join(common.status(row) for row in rows),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
