@@ -6,6 +6,7 @@ import math
 import warnings
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,8 +139,8 @@ class KMeansEnergy(FeatureScore):
         seed: of the sample and of k-means.
 
     References:
-        LeCun et al., A Tutorial on Energy-Based Learning, 2006 (latent
-        variables, and k-means as an energy); scikit-learn's KMeans (k-means++, one start).
+        LeCun et al., A Tutorial on Energy-Based Learning, 2006 (latent variables, and k-means as
+        an energy); scikit-learn's KMeans (k-means++, the best of four starts).
 
     Example:
         >>> import numpy as np
@@ -213,11 +214,11 @@ class KMeansEnergy(FeatureScore):
         self._require_sample().join(other._require_sample())
 
     def _finish(self, parts: tuple[Predictions, ...]) -> dict[str, Tensor]:
-        values, classes = self._require_sample().rows()
+        values, classes = _in_order(*self._require_sample().rows())
         values = values.double()
         held = torch.zeros(len(values), dtype=torch.bool)
         if self.beta == "likelihood":
-            # The rows are in order of class and key: every class gives its share.
+            # The rows are in order of class: every class gives its share.
             held[_HELD_OUT - 1 :: _HELD_OUT] = True
         kept = values[~held]
         origin = kept.mean(dim=0)
@@ -265,6 +266,16 @@ class KMeansEnergy(FeatureScore):
         return torch.cat([_kmeans(values[classes == name], each, self.seed) for name in names])
 
 
+def _in_order(values: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Order rows by class and then by value: k-means and beta hang on the order.
+
+    The sample comes in the order of the rows' hashes, which differ where the same features are
+    read from images and from stored logits.
+    """
+    order = np.lexsort((*values.T.numpy()[::-1], classes.numpy()))
+    return values[order], classes[order]
+
+
 def _kmeans(values: Tensor, wanted: int, seed: int) -> Tensor:
     """Return at most ``wanted`` different centres of rows (N, D), each of 5 rows or more."""
     count = max(1, min(wanted, len(values) // _ROWS_EACH))
@@ -277,7 +288,7 @@ def _kmeans(values: Tensor, wanted: int, seed: int) -> Tensor:
     # Threads add up in an order of their own; one of them gives the same centres every time.
     with warnings.catch_warnings(), threadpool_limits(limits=1):
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different rows than centres
-        found = KMeans(count, n_init=1, random_state=seed).fit(values.numpy())
+        found = KMeans(count, n_init=4, random_state=seed).fit(values.numpy())
     centres: Tensor = torch.unique(torch.from_numpy(found.cluster_centers_).double(), dim=0)
     return centres
 
