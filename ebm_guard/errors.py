@@ -52,6 +52,10 @@ class TooFewRowsError(InvalidInputError):
     """Too few calibration rows for what a threshold is asked to promise."""
 
 
+class ProcessError(EbmGuardError):
+    """Another process of the same run failed, or is gone."""
+
+
 class EbmGuardWarning(UserWarning):
     """Something works, but the user should know about it."""
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from finetune_cases import demo_sets, quick, same, weights_of
 
+from ebm_guard.distributed import World
 from ebm_guard.errors import DataError
 from ebm_guard.training import LossTerms, Objective, make_objective, read_history
 from ebm_guard.training.checkpoint import load_checkpoint, save_checkpoint
 from ebm_guard.training.density import checks
-from ebm_guard.training.distributed import World
 from ebm_guard.training.history import History
 
 SETTINGS = {

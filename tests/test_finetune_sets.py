@@ -11,6 +11,7 @@ from torch import nn
 
 from ebm_guard import EnergyClassifier, Preprocessing
 from ebm_guard.data.demo import demo_classifier, load_demo
+from ebm_guard.distributed import check_own_device, local_device
 from ebm_guard.errors import (
     DataError,
     InvalidInputError,
@@ -19,7 +20,6 @@ from ebm_guard.errors import (
 )
 from ebm_guard.model.loading import load_weights
 from ebm_guard.training import TrainingImages
-from ebm_guard.training.distributed import check_own_device, local_device
 from ebm_guard.training.options import FineTuneOptions, described
 from ebm_guard.training.selection import half
 from ebm_guard.training.sets import Sets, checked_sets

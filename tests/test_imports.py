@@ -20,6 +20,7 @@ FLOORS = {
             "registry",
             "energy",
             "composition",
+            "distributed",
             "inference",
             "intervals",
             "files",
@@ -41,6 +42,7 @@ FLOORS = {
     "training": 6,
     "report": 7,
     "deploy": 8,
+    "faces": 8,
     "cli": 9,
 }
 HEAVY = ("torch", "timm", "sklearn", "scipy", "matplotlib")

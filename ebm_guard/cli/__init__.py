@@ -5,6 +5,7 @@ Nothing here imports torch, so that ``--help`` is instant.
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import version
@@ -29,6 +30,8 @@ COMMANDS = (
     "list",
     "info",
 )
+# Those that several processes can share under torchrun, and those that only print.
+SHARED = ("report", "fit", "predict", "finetune", "list", "info")
 _INTERRUPTED = 130
 
 
@@ -57,6 +60,11 @@ class LazyGroup(click.Group):
 
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}{suggest(args[0], COMMANDS)}")
+        if args and args[0] not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            ctx.fail(
+                f"{args[0]} runs in one process, and WORLD_SIZE says that this is one of several "
+                f"(torchrun); start it without torchrun. Several can share: {', '.join(SHARED[:4])}"
+            )
         return super().resolve_command(ctx, args)
 
 

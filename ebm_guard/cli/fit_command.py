@@ -73,15 +73,18 @@ def command(
 
     \b
     ebm-guard fit --model resnet50.tv_in1k --pretrained --data val/ -o guard.safetensors
+    torchrun --nproc-per-node 4 -m ebm_guard fit --device cuda ...    # the same guard, sooner
     """
+    from ebm_guard.cli.processes import processes
     from ebm_guard.cli.session import Session, warnings_as_lines
     from ebm_guard.cli.synthetic import apart_for_outliers
     from ebm_guard.files import check_writable
     from ebm_guard.gate import Guard
 
     check_writable(output)
-    with warnings_as_lines():
-        session = Session(options, [data, *([fit_data] if fit_data else [])])
+    specs = [data, *([fit_data] if fit_data else [])]
+    with processes(options.device) as world, warnings_as_lines():
+        session = Session(options, specs, world=world)
         features = score == "auto" or _needs_features(score)
         predictions = session.predictions(data, "calibration", "calibration", features=features)
         outliers = None
@@ -91,6 +94,10 @@ def command(
         detector = (
             None if fit_data is None else session.predictions(fit_data, "fit", "fit", features=True)
         )
+    if not world.first:
+        return
+    session.go_on_alone()
+    with warnings_as_lines():
         canary = None if no_canary else _canary(session)
         with session.autocast():
             guard = Guard(session.classifier).fit(

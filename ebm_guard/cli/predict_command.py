@@ -13,6 +13,7 @@ from ebm_guard.cli.options import SPEC_HELP, ModelOptions, json_option, model_op
 if TYPE_CHECKING:
     from ebm_guard.cli.predicting import PredictRows
     from ebm_guard.deploy.batch import Outputs, Tally
+    from ebm_guard.distributed import World
 
 _INTERRUPTED = 130
 _FORMATS = ("jsonl", "csv", "parquet")
@@ -73,33 +74,46 @@ def command(
     \b
     ebm-guard predict guard.safetensors --model resnet50.tv_in1k --data new/ -o out.jsonl
     ebm-guard predict guard.safetensors --model resnet50.tv_in1k --data new/ -o out.jsonl --resume
+    torchrun --nproc-per-node 4 -m ebm_guard predict guard.safetensors --device cuda ...
     """
     from ebm_guard.cli.predicting import predict_rows
+    from ebm_guard.cli.processes import processes
     from ebm_guard.cli.session import Session, warnings_as_lines
-    from ebm_guard.deploy.batch import Outputs, Tally, write_once
+    from ebm_guard.deploy.batch import Outputs, Tally
     from ebm_guard.deploy.batch_formats import fields_of
 
     fields = fields_of(top=top_k is not None)
     outputs = Outputs(Path(output), file_format, fields, None if review is None else Path(review))
     outputs.check()
     tally = Tally()
-    with warnings_as_lines():
-        session = Session(options, [data], guard_path)
+    with processes(options.device) as world, warnings_as_lines():
+        session = Session(options, [data], guard_path, world)
         rows = predict_rows(session, data, top_k)
         if not resume:
-            write_once(outputs, rows.behind(0), tally)
-        elif not _kept(outputs, rows, guard_path, tally):
+            _write(outputs, rows, tally, world)
+        elif not _kept(outputs, rows, guard_path, tally, world):
             return _INTERRUPTED
-    _show(outputs, tally, as_json=as_json)
-    if tally.broken:
+        _show(outputs, tally, as_json=as_json)
+    if tally.broken and world.first:
         click.echo(f"error: the model gave non-finite logits for {tally.broken} rows", err=True)
         return 4
     return 0
 
 
-def _kept(outputs: Outputs, rows: PredictRows, guard_path: str, tally: Tally) -> bool:
+def _write(outputs: Outputs, rows: PredictRows, tally: Tally, world: World) -> None:
+    from ebm_guard.deploy.batch import write_once
+    from ebm_guard.deploy.batch_shards import write_shared
+
+    if world.size == 1:
+        write_once(outputs, rows.behind(0), tally)
+    else:
+        write_shared(outputs, rows.behind(0), tally, world)
+
+
+def _kept(outputs: Outputs, rows: PredictRows, guard_path: str, tally: Tally, world: World) -> bool:
     """Run with a journal; return whether it came to its end."""
     from ebm_guard.deploy.batch import write_resumable
+    from ebm_guard.deploy.batch_shards import write_shared_resumable
     from ebm_guard.errors import EbmGuardError
 
     def told(words: str) -> None:
@@ -114,7 +128,10 @@ def _kept(outputs: Outputs, rows: PredictRows, guard_path: str, tally: Tally) ->
         "review": outputs.review is not None and str(outputs.review),
     }
     try:
-        write_resumable(outputs, identity, rows.behind, tally)
+        if world.size == 1:
+            write_resumable(outputs, identity, rows.behind, tally)
+        else:
+            write_shared_resumable(outputs, identity, rows.behind, tally, world)
     except KeyboardInterrupt:
         told("interrupted")
         return False

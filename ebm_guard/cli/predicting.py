@@ -1,4 +1,7 @@
-"""The rows of ``ebm-guard predict``: the same rows in the same batches, from any place on."""
+"""The rows of ``ebm-guard predict``: the same rows in the same batches, from any place on.
+
+Of several processes each decides on its share of the batches.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from ebm_guard.deploy.batch_source import (
 from ebm_guard.errors import InvalidInputError
 from ebm_guard.gate import Decision, Guard
 from ebm_guard.inference import lowest_energy_labels
+from ebm_guard.predictions.shared import block_of, share_of
 from ebm_guard.progress import track
 
 _CHUNK = 4096
@@ -41,7 +45,7 @@ class PredictRows(ABC):
         self._classes: Sequence[str] = guard.facts.get("classes") or ()
 
     def behind(self, done: int) -> Iterator[Rows]:
-        """Yield the rows behind the first ``done`` ones, a batch at a time."""
+        """Yield this process's rows behind the first ``done`` of them, a batch at a time."""
         for rows in self._batches(done):
             for row in rows:
                 for place in (row, *row.get("top", ())):
@@ -93,14 +97,17 @@ class _ImageRows(PredictRows):
         super().__init__(session, guard, top_k)
         self._spec = parse_spec(data)
         self._source = session.open(self._spec, "evaluation", "data")
+        self._share = share_of(self._source, session.world, session.options.batch_size)
 
     def _data(self) -> dict[str, Any]:
         return images_identity(self._spec, self._source)
 
     def _batches(self, done: int) -> Iterator[Rows]:
+        if self._share is None:
+            return
         session, spec = self._session, self._spec.text
-        rest = rows_behind(self._source, done)
-        shown = track(f"decide {spec}", self._source.total, enabled=not session.options.quiet)
+        rest = rows_behind(self._share, done)
+        shown = track(f"decide {spec}", self._share.total, enabled=not session.options.quiet)
         with shown as advance, model_errors(spec):
             advance(done)
             for batch in () if rest is None else session.batches(rest):
@@ -124,7 +131,8 @@ class _StoredRows(PredictRows):
         return stored_identity(self._spec, self._part)
 
     def _batches(self, done: int) -> Iterator[Rows]:
-        for start in range(done, len(self._part), _CHUNK):
+        chunks = block_of(-(-len(self._part) // _CHUNK), self._session.world)
+        for start in range(chunks.start * _CHUNK + done, chunks.stop * _CHUNK, _CHUNK):
             block = self._part.select(slice(start, start + _CHUNK))
             names = self._part.names(range(start, start + len(block)))
             rows = _decided(self._guard.decide_stored(block), names, self._top_k)

@@ -104,8 +104,14 @@ def command(
     \b
     ebm-guard report --model resnet50.tv_in1k --pretrained --data val/ --ood textures=dtd/ -o out
     ebm-guard report --data logits:val.npz --ood far=logits:other.npz -o out    # no model at hand
+
+    Several processes share the passes over the data, and give the same report:
+
+    \b
+    torchrun --nproc-per-node 4 -m ebm_guard report --device cuda ...
     """
     from ebm_guard.cli.attack_options import check_attack_choices, forget_state
+    from ebm_guard.cli.processes import processes
     from ebm_guard.cli.session import Session, named_specs, warnings_as_lines
     from ebm_guard.files import check_writable
     from ebm_guard.report import Settings, build_report
@@ -125,11 +131,15 @@ def command(
     roles = {"evaluation": data, "calibration": calibration_data, "fit": fit_data}
     specs = [*filter(None, roles.values()), *ood_specs.values()]
     clock = time.perf_counter()
-    with warnings_as_lines():
-        session = Session(options, specs, guard_path)
+    with processes(options.device) as world, warnings_as_lines():
+        session = Session(options, specs, guard_path, world)
         # Another model is refused here, before the work.
         finetune_section(tuned, session.classifier)
         parts = _predicted(session, roles, ood_specs, synthetic=synthetic)
+    if not world.first:
+        return 0
+    session.go_on_alone()
+    with warnings_as_lines():
         robustness = _attacked(session, parts, attack_choices, Path(output), settings)
         report = build_report(
             parts["evaluation"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,9 +16,11 @@ from PIL import Image
 from torch import nn
 
 from ebm_guard.cli.options import ModelOptions
+from ebm_guard.cli.processes import usable_device
 from ebm_guard.data import ImageSource, Spec, batches, match_classes, open_source, parse_spec
 from ebm_guard.data.sources import StreamSource
 from ebm_guard.data.specs import STORED_KINDS
+from ebm_guard.distributed import World
 from ebm_guard.errors import (
     ArtifactError,
     EbmGuardError,
@@ -31,7 +32,8 @@ from ebm_guard.errors import (
 from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier, Preprocessing
 from ebm_guard.model.loading import load_model
-from ebm_guard.predictions import Predictions, predict, stored_predictions
+from ebm_guard.predictions import Predictions, stored_predictions
+from ebm_guard.predictions.shared import predict_shared
 from ebm_guard.report.checks import RESERVED
 
 _PROBE_ROWS = 8
@@ -48,12 +50,18 @@ class Session:
         options: the model options of the command line.
         specs: all data specs of the command, which tell whether a model is needed.
         guard_path: an artefact to load, or None.
+        world: the processes that share the passes over the data.
     """
 
     def __init__(
-        self, options: ModelOptions, specs: list[str], guard_path: str | None = None
+        self,
+        options: ModelOptions,
+        specs: list[str],
+        guard_path: str | None = None,
+        world: World | None = None,
     ) -> None:
         self.options = options
+        self.world = World() if world is None else world
         self.sources: dict[str, ImageSource] = {}
         self._limited: set[str] = set()
         self._rows: dict[str, dict[str, int]] = {}
@@ -79,6 +87,10 @@ class Session:
             self.classifier = EnergyClassifier(model, preprocessing=self._preprocessing(model))
         else:
             self.classifier = None
+
+    def go_on_alone(self) -> None:
+        """Share nothing any more: the other processes have done their part."""
+        self.world = World(device=self.world.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which the model runs: autocast with ``--amp``, else nothing."""
@@ -116,14 +128,16 @@ class Session:
         """Run the model over a source; features only where they come with the same pass."""
         classifier = self.require_classifier()
         with model_errors(text):
-            return predict(
+            return predict_shared(
                 classifier,
-                self.batches(source),
+                source,
+                self.batches,
+                self.world,
+                batch_size=self.options.batch_size,
                 features=features and not classifier.compiled,
-                total=source.total,
                 progress=not self.options.quiet,
                 amp=self.options.amp,
-                source=text,
+                text=text,
             )
 
     def open(self, spec: Spec, role: str, name: str) -> ImageSource:
@@ -232,7 +246,7 @@ class Session:
         else:
             raise InvalidInputError(_NO_MODEL)
         if options.device is not None:
-            model = model.to(_device(options.device))
+            model = model.to(usable_device(options.device))
         return model.to(memory_format=torch.channels_last) if options.channels_last else model
 
     def _demo_model(self) -> nn.Module:
@@ -377,18 +391,3 @@ def named_specs(pairs: tuple[str, ...]) -> dict[str, str]:
             )
         specs[name] = spec
     return specs
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-            from ebm_guard.training.distributed import local_device
-
-            device = local_device(device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidInputError(
-            f"got --device {name!r}, which cannot be used: {first_line(error)}"
-        ) from None
-    return device

@@ -64,10 +64,15 @@ class Outputs:
             )
         if self.file_format == "parquet":
             require_parquet()
-        for path in filter(None, (self.output, self.review)):
+        for path in self.paths:
             if path.is_dir():
                 raise DataError(f"cannot write {path}: it is a folder; give a file name")
             check_writable(path)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of rows."""
+        return (self.output,) if self.review is None else (self.output, self.review)
 
     @property
     def journal(self) -> Path:
@@ -137,7 +142,12 @@ def write_once(outputs: Outputs, batches: Iterable[Sequence[Row]], tally: Tally)
 
 
 def write_resumable(
-    outputs: Outputs, identity: Mapping[str, Any], read: Read, tally: Tally
+    outputs: Outputs,
+    identity: Mapping[str, Any],
+    read: Read,
+    tally: Tally,
+    *,
+    keep_journal: bool = False,
 ) -> None:
     """Write all rows, going on where an earlier run of the same command was stopped.
 
@@ -146,18 +156,21 @@ def write_resumable(
         identity: what the rows depend on, as JSON types.
         read: gives the batches behind a number of rows; always the same rows in the same batches.
         tally: is filled, also when this fails.
+        keep_journal: also when all is done; the next run then finds nothing left to do.
 
     Raises:
         DataError: the earlier run was another one, another process writes the same file, or the
             place cannot be written; what is written is kept.
     """
     try:
-        for path in filter(None, (outputs.output, outputs.review)):
+        for path in outputs.paths:
             path.parent.mkdir(parents=True, exist_ok=True)
         _check_no_strangers(outputs)
         journal = Journal(outputs.journal)
         try:
             _resumed(outputs, journal, identity, read, tally)
+            if not keep_journal:
+                journal.remove()
         finally:
             journal.close()
     except OSError as error:
@@ -198,7 +211,6 @@ def _resumed(
         _append(parts, mark, journal, read(tally.rows), tally)
     for part in parts:
         part.place()
-    journal.remove()
 
 
 def _last_mark(journal: Journal, parts: Sequence[_Part]) -> Mark | None:
@@ -295,7 +307,7 @@ class _Part:
 
 
 def _check_no_strangers(outputs: Outputs) -> None:
-    for path in filter(None, (outputs.output, outputs.review)):
+    for path in outputs.paths:
         part = _beside(path, ".part")
         if part.exists() and not outputs.journal.exists():
             raise DataError(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -17,12 +15,11 @@ from torch import Tensor
 from ebm_guard.data.batches import Batch
 from ebm_guard.errors import DataError, UnsupportedModelError
 from ebm_guard.model.classifier import EnergyClassifier, check_kind
-from ebm_guard.predictions.head import LinearHead
-from ebm_guard.predictions.record import COLUMNS, Array, Predictions, hash_rows
+from ebm_guard.predictions.collected import Collected
+from ebm_guard.predictions.record import Predictions, hash_rows
 from ebm_guard.progress import track
 
 
-@torch.no_grad()
 def predict(
     classifier: EnergyClassifier,
     data: Iterable[Any],
@@ -60,54 +57,60 @@ def predict(
         >>> out.logits.shape
         (5, 3)
     """
-    # Texts of different lengths have different dtypes, which one flat file cannot hold.
-    columns = {name: _Column(sys.maxsize if name == "groups" else memory_limit) for name in COLUMNS}
-    ids: list[str] = []
-    skipped: list[tuple[str, str]] = []
-    dtype = "float32"
+    rows = collect(
+        classifier,
+        data,
+        features=features,
+        total=total,
+        progress=progress,
+        amp=amp,
+        memory_limit=memory_limit,
+        source=source,
+    )
+    return rows.predictions(classifier, source)
+
+
+@torch.no_grad()
+def collect(
+    classifier: EnergyClassifier,
+    data: Iterable[Any],
+    *,
+    features: bool = False,
+    total: int | None = None,
+    progress: bool = False,
+    amp: bool = False,
+    memory_limit: int = 1 << 30,
+    source: str = "a loader",
+) -> Collected:
+    """Run a classifier once over a data set, which may hold no row; see :func:`predict`.
+
+    Raises:
+        UnsupportedModelError: the model gives probabilities, or no logits.
+    """
+    found = Collected(memory_limit)
     rows: Iterator[Batch] = map(as_batch, data)
     if features:
-        rows = _probed(classifier, rows)
+        rows = probed(classifier, rows)
     with track(f"predict {source}", total, enabled=progress) as advance:
         for batch in rows:
-            skipped.extend(batch.skipped)
+            found.skipped.extend(batch.skipped)
             advance(len(batch.skipped))
             if not len(batch.inputs):
                 continue
             with _autocast(classifier, enabled=amp):
                 output = classifier.forward(batch.inputs, features=features)
-            if not columns["logits"].n:
+            if not len(found):
                 check_kind(output.logits)
             if len(output.logits) != len(batch.inputs):
                 raise UnsupportedModelError(
                     f"the model returned {len(output.logits)} rows for {len(batch.inputs)} inputs"
                 )
-            dtype = str(output.logits.dtype).removeprefix("torch.")
-            columns["logits"].add(_to_numpy(output.logits))
-            if output.features is not None:
-                columns["features"].add(_to_numpy(output.features))
-            if batch.labels is not None:
-                columns["labels"].add(batch.labels.cpu().numpy().astype(np.int64))
-            if batch.groups is not None:
-                columns["groups"].add(batch.groups)
-            columns["hashes"].add(batch.hashes)
-            ids.extend(batch.ids)
+            found.add(batch, output)
             advance(len(batch.inputs))
-    if not columns["logits"].n:
-        raise DataError(f"{source} gave no rows ({len(skipped)} images were unreadable)")
-    arrays: dict[str, Any] = {name: column.array() for name, column in columns.items() if column.n}
-    head = classifier.head
-    return Predictions(
-        **arrays,
-        head=LinearHead.of_model(head) if "features" in arrays and head is not None else None,
-        ids=tuple(ids) or None,
-        dtype=dtype,
-        skipped=tuple(skipped),
-        source=source,
-    )
+    return found
 
 
-def _probed(classifier: EnergyClassifier, rows: Iterator[Batch]) -> Iterator[Batch]:
+def probed(classifier: EnergyClassifier, rows: Iterator[Batch]) -> Iterator[Batch]:
     """Find the head on the first two or more rows, before any batch is run with features."""
     first: list[Batch] = []
     for batch in rows:
@@ -157,50 +160,6 @@ def hash_inputs(inputs: Tensor) -> NDArray[np.uint64]:
     values = inputs.detach().cpu().contiguous()
     rows = values.reshape(len(values), -1)
     return hash_rows(rows.view(torch.uint8).numpy() if rows.numel() else rows.numpy())
-
-
-class _Column:
-    """Rows collected in memory, and beyond a limit in an unlinked temporary file."""
-
-    def __init__(self, limit: int) -> None:
-        self.n = 0
-        self._limit = limit
-        self._bytes = 0
-        self._parts: list[Array] = []
-        self._file: Any = None
-        self._like: Array | None = None
-
-    def add(self, rows: Array) -> None:
-        self.n += len(rows)
-        self._bytes += rows.nbytes
-        self._like = rows if self._like is None else self._like
-        if self._file is None and self._bytes > self._limit:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as its map
-            for part in self._parts:
-                self._file.write(part.tobytes())
-            self._parts = []
-        if self._file is None:
-            self._parts.append(rows)
-        else:
-            self._file.write(np.ascontiguousarray(rows).tobytes())
-
-    def array(self) -> Array | None:
-        if self._like is None:
-            return None
-        if self._file is None:
-            return np.concatenate(self._parts)
-        self._file.flush()
-        shape = (self.n, *self._like.shape[1:])
-        mapped = np.memmap(self._file, dtype=self._like.dtype, mode="r", shape=shape)
-        # The map keeps the data alive; the handle is not needed any more.
-        self._file.close()
-        return mapped
-
-
-def _to_numpy(values: Tensor) -> Array:
-    values = values.detach()
-    kept = values if values.dtype == torch.float64 else values.float()
-    return np.asarray(kept.cpu().numpy())
 
 
 def _autocast(classifier: EnergyClassifier, *, enabled: bool) -> Any:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ebm_guard.distributed import world_of
 from ebm_guard.errors import InvalidInputError
 from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.training.augment import Augment
 from ebm_guard.training.checkpoint import check_no_checkpoint
 from ebm_guard.training.class_losses import ClassLoss
-from ebm_guard.training.distributed import world_of
 from ebm_guard.training.finishing import finish
 from ebm_guard.training.history import Line
 from ebm_guard.training.images import Images, TrainingImages, as_training_images

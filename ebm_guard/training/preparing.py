@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ebm_guard.distributed import World
 from ebm_guard.errors import InvalidInputError, ModelOutputError
 from ebm_guard.gate import Guard
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.isolation import pixel_forward
 from ebm_guard.training.acceptance import points
 from ebm_guard.training.bounds import rows_needed
-from ebm_guard.training.distributed import World
 from ebm_guard.training.images import TrainingImages
 from ebm_guard.training.negatives import given_negatives
 from ebm_guard.training.objectives import Objective, make_objective

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ebm_guard.distributed import World
 from ebm_guard.model import ClassifierOutput, EnergyClassifier
 from ebm_guard.sampling.folding import SamplingNet
 from ebm_guard.training.context import Context, PixelNet
-from ebm_guard.training.distributed import World
 from ebm_guard.training.history import History
 from ebm_guard.training.images import TrainingImages
 from ebm_guard.training.objectives.base import Objective

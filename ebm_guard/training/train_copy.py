@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ebm_guard import energy as formulas
+from ebm_guard.distributed import World
 from ebm_guard.errors import DataError
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.model.isolation import pixel_forward
@@ -20,7 +21,6 @@ from ebm_guard.training.class_losses import make_class_loss
 from ebm_guard.training.context import Context, Measured, PixelNet, TrainingBatch
 from ebm_guard.training.density.first_rows import first_batch
 from ebm_guard.training.density.measuring import contrastive_objective
-from ebm_guard.training.distributed import World
 from ebm_guard.training.history import History, Line
 from ebm_guard.training.loop import Loop
 from ebm_guard.training.preparing import Prepared

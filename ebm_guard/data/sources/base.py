@@ -154,7 +154,8 @@ class StreamSource(ImageSource):
     def subset(self, rows: Labels) -> StreamSource:
         """Return the same stream, of which only some rows are given; all are still read."""
         new = copy.copy(self)
-        new._chosen = frozenset(rows.tolist())
+        kept = rows if self._chosen is None else np.array(sorted(self._chosen))[rows]
+        new._chosen = frozenset(kept.tolist())
         return new
 
     def without_labels(self) -> StreamSource:

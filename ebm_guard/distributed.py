@@ -1,4 +1,4 @@
-"""Several processes that train one net: who they are, and what they agree on.
+"""Several processes that do one piece of work: who they are, and what they agree on.
 
 Started by ``torchrun``, which sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; one process alone
 needs nothing of it.
@@ -10,12 +10,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.errors import InvalidInputError, ProcessError, first_line
+
+# A process that is gone is noticed at once, by its connection; this is how long a slow one has.
+_PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,132 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def texts(self, own: str) -> list[str]:
+        """Return a text of every process, on all.
+
+        Raises:
+            ProcessError: a process is gone.
+        """
+        if self.size == 1:
+            return [own]
+        data = _bytes_of(own.encode())
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with _contact():
+            dist.all_gather(sizes, torch.tensor([len(data)]))
+            longest = max(1, *(int(size) for size in sizes))
+            padded = torch.zeros(longest, dtype=torch.uint8)
+            padded[: len(data)] = data
+            found = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(found, padded)
+        return [
+            text[: int(size)].numpy().tobytes().decode()
+            for text, size in zip(found, sizes, strict=True)
+        ]
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Run a block to whose end all processes come, or none: the error of one is that of all.
+
+        Args:
+            doing: what the block does, for the message.
+
+        Raises:
+            ProcessError: another process failed in the block, or is gone.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            failed = error
+        told = "" if failed is None else f"{type(failed).__name__}: {first_line(failed)}"
+        try:
+            heard = self.texts(told)
+        except ProcessError as gone:
+            raise failed or gone from None
+        if failed is not None:
+            raise failed
+        for rank, words in enumerate(heard):
+            if words:
+                raise ProcessError(
+                    f"process {rank} of {self.size} failed while {doing}, so all stop: {words}"
+                )
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send bytes to the first process, which must call :meth:`receive`.
+
+        Raises:
+            ProcessError: it is gone.
+        """
+        with _contact():
+            dist.send(_bytes_of(data), dst=0)
+
+    def receive(self, size: int, rank: int) -> bytes:
+        """Receive bytes that a process sends.
+
+        Args:
+            size: number of bytes.
+            rank: of the sender.
+
+        Raises:
+            ProcessError: it is gone.
+        """
+        block = torch.empty(size, dtype=torch.uint8)
+        with _contact():
+            dist.recv(block, src=rank)
+        return block.numpy().tobytes()
+
     def _packed(self, values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+
+@contextmanager
+def _contact() -> Iterator[None]:
+    """Tell a lost connection from other errors."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessError(
+            "lost the connection to another process of this run, which died or was stopped; its "
+            f"own messages say why ({first_line(error)})"
+        ) from None
+
+
+def _bytes_of(data: bytes | memoryview) -> Tensor:
+    if not len(data):  # an empty buffer makes no tensor
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+@contextmanager
+def working_together(device: torch.device) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started for work without gradients, or stand alone.
+
+    They talk through gloo, whatever device their models are on: only results are exchanged.
+
+    Args:
+        device: of this process's model.
+
+    Raises:
+        InvalidInputError: the device is that of another process.
+        ProcessError: the others cannot be reached.
+    """
+    if not processes_expected():
+        yield World(device=device)
+        return
+    check_own_device(device)
+    with _contact():
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def processes_expected() -> bool:
+    """Tell whether ``torchrun`` started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
