@@ -31,14 +31,14 @@ class Lines:
             "id": f'image {number}, "ü\n\udcff".png',
             "status": status,
             "accept": status == "ACCEPT",
-            "label": number % 3 if valid else None,
+            "label": number % 3 if valid else -1,
             "class": "a;b" if number % 3 else None,
             "confidence": 1 / (number + 1),
             "energy": energy if valid else None,
             "score": energy if valid else None,
             "p_value": number / (3 * self.n),
             "reason": "" if status == "ACCEPT" else "unreadable: x" if number % 8 < 4 else "why",
-            "top": [{"label": 1, "class": None, "energy": energy}] if valid else [],
+            "top": [{"label": 1, "class": "\udcff", "energy": energy}] if valid else [],
         }
 
     def __call__(self, done):

@@ -409,6 +409,22 @@ def test_predict_equals_the_steps_by_hand(seeing, tmp_path):
     assert torch.allclose(guard.pixels(pixels[None]).score, expected.score[1:2])
 
 
+def test_predict_turns_photographs_as_their_exif_says(seeing, tmp_path):
+    guard, _ = seeing
+    generator = np.random.default_rng(1)
+    image = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image.save(tmp_path / "a.png", exif=exif)
+    expected = guard.predict(image.rotate(180))
+    same(guard.predict(tmp_path / "a.png"), expected)
+    with Image.open(tmp_path / "a.png") as opened:
+        same(guard.predict(opened), expected)
+    # 16-bit grey is scaled as everywhere else, not clipped to white.
+    deep = Image.fromarray(np.full((8, 8), 257 * 40, dtype=np.uint16))
+    same(guard.predict(deep), guard.predict(Image.new("L", (8, 8), 40)))
+
+
 def test_predict_names_the_image_that_it_cannot_read(seeing, tmp_path):
     guard, _ = seeing
     bad = tmp_path / "bad.png"

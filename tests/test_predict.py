@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,14 @@ from predict_cases import FORMATS, Lines, files_of
 from toys import Pixels
 
 from ebm_guard.cli import run
-from ebm_guard.data import batches, open_source
+from ebm_guard.data import batches, open_source, parse_spec
 from ebm_guard.data.sources import StreamSource
-from ebm_guard.deploy import batch_formats
+from ebm_guard.deploy import batch_formats, batch_source
 from ebm_guard.deploy.batch_formats import fields_of, row_file, text_format
-from ebm_guard.deploy.batch_source import rows_behind
+from ebm_guard.deploy.batch_source import guard_identity, rows_behind, stored_identity
 from ebm_guard.gate import Guard
+from ebm_guard.model.loading import load_model
+from ebm_guard.predictions import Predictions
 
 pytestmark = pytest.mark.filterwarnings("default::ebm_guard.errors.EbmGuardWarning")
 FACTORY = "import sys; sys.path.insert(0, {folder!r})\nfrom toys import Pixels as net\n"
@@ -157,6 +160,11 @@ def other_guard(place, tmp_path):
     invoke("fit", "--model", f"{place / 'nets.py'}:net", *fit)
 
 
+def other_features(place, tmp_path):
+    arrays = dict(np.load(place / "z.npz"))
+    np.savez(place / "z.npz", **arrays, features=arrays["logits"][:, :2])
+
+
 def other_rows(place, tmp_path):
     logits = np.load(place / "z.npz")["logits"]
     logits[8999] += 1
@@ -171,6 +179,7 @@ def other_rows(place, tmp_path):
         (SPECS[1], touched, [], "names"),
         (SPECS[2], replaced, [], "content"),
         (SPECS[3], other_rows, [], "content"),
+        (SPECS[3], other_features, [], "content"),
         (SPECS[2], other_guard, [], "guard"),
         (SPECS[2], None, ["-b", "4"], "batch_size was 8, now 4"),
         (SPECS[2], None, ["--top-k", "1"], "top_k"),
@@ -219,6 +228,40 @@ def wrapped(model):
     return EnergyClassifier(model)
 
 
+def test_rows_of_another_model_on_the_same_images_are_told(tmp_path):
+    """The fingerprint of predictions is that of the images; their identity must not be."""
+    images = np.arange(4, dtype=np.uint64)
+    spec = parse_spec("predictions:rows")
+    found = [
+        stored_identity(spec, Predictions(logits.astype(np.float32), hashes=images))
+        for logits in (np.eye(4), np.eye(4)[::-1])
+    ]
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("name", ["guard", "weights", "device", "preprocessing", "versions"])
+def test_who_decides_is_a_part_of_the_identity(name, place, monkeypatch):
+    path = place / "guard.safetensors"
+    model = load_model(f"{place / 'nets.py'}:net")
+    guard = Guard.load(path, model)
+    before = guard_identity(guard, path)
+    assert guard_identity(Guard.load(path, model), path) == before
+    if name == "guard":
+        path = place / "set.npz"
+    elif name == "weights":
+        with torch.no_grad():
+            next(model.parameters()).mul_(2)
+    elif name == "device":
+        monkeypatch.setattr(type(guard.classifier), "device", torch.device("meta"))
+    elif name == "preprocessing":
+        other = replace(guard.classifier.preprocessing, crop_pct=0.5)
+        monkeypatch.setattr(guard.classifier, "preprocessing", other)
+    else:
+        monkeypatch.setattr(batch_source, "version", lambda package: "0")
+    after = guard_identity(guard, path)
+    assert [key for key in before if before[key] != after[key]] == [name]
+
+
 # --- the review queue
 
 
@@ -226,6 +269,9 @@ def wrapped(model):
 def test_the_review_queue_holds_the_refused_rows_in_order(file_format, place, tmp_path):
     rows, queue = tmp_path / "rows", tmp_path / "queue"
     invoke(*command_of(place, SPECS[0], "-o", rows))
+    # The unreadable ones have their places among the others.
+    names = [json.loads(line)["id"] for line in rows.read_text().splitlines()]
+    assert names == sorted(path.name for path in (place / "images").iterdir())
     more = ["--format", file_format, "-o", tmp_path / "other", "--review", queue, "--json"]
     out, _ = invoke(*command_of(place, SPECS[0], *more))
     lines = rows.read_text().splitlines(keepends=True)

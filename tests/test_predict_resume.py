@@ -22,6 +22,7 @@ from predict_cases import (
     run_to_the_end,
 )
 
+from ebm_guard.deploy import batch
 from ebm_guard.deploy.batch import Tally, write_once, write_resumable
 from ebm_guard.deploy.batch_journal import Journal
 from ebm_guard.errors import DataError
@@ -51,12 +52,14 @@ def test_a_run_that_is_killed_at_every_step_ends_with_the_same_files(
         if left[0] >= 0:
             assert step > 20, "too few steps to have died at each"
             break
+        # It died behind its very last step: a run that came to its end is forgotten.
+        over = files_of(folder) == files
         again = Lines()
         tally = run_to_the_end(outputs, again)
         assert files_of(folder) == files, step
         assert (tally.counts, tally.broken) == (counts.counts, counts.broken)
         # At most the batch that was not written is made twice, and no row is lost.
-        assert len({*lines.made} & {*again.made}) <= lines.batch
+        assert over or len({*lines.made} & {*again.made}) <= lines.batch
         assert sorted({*lines.made, *again.made}) == list(range(23))
         assert tally.taken_over + len(again.made) == 23
 
@@ -227,3 +230,35 @@ def test_an_older_file_stays_until_the_new_one_is_whole(tmp_path):
     run_to_the_end(outputs, Lines())
     assert len(outputs.output.read_bytes().splitlines()) == 23
     assert set(files_of(tmp_path)) == {"rows", "review.jsonl"}
+
+
+def test_an_older_parquet_of_as_many_rows_is_not_taken_for_the_new_one(tmp_path, whole):
+    old, new = Lines(), Lines()
+    old.row = lambda number: {**Lines.row(old, number), "score": 7.0}
+    outputs = outputs_in(tmp_path / "rows", "parquet")
+    write_once(outputs, old(0), Tally())
+    # All rows are decided, and the process dies before they are turned into Parquet.
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(batch, "parquet_of_lines", killed)
+        write_resumable(outputs, IDENTITY, new, Tally())
+    (outputs.output.with_name("rows.part")).unlink()
+    tally = run_to_the_end(outputs, Lines())
+    assert tally.taken_over == 0
+    assert files_of(tmp_path / "rows") == whole("parquet")[0]
+
+
+def killed(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_errors_of_reading_are_not_called_errors_of_writing(tmp_path, resumed):
+    def read(done):
+        yield from itertools.islice(Lines()(done), 2)
+        raise ConnectionResetError("the share is gone")
+
+    outputs = outputs_in(tmp_path / "rows")
+    rows = (IDENTITY, read) if resumed else (read(0),)
+    write = write_resumable if resumed else write_once
+    with pytest.raises(DataError, match="cannot read the data: ConnectionResetError: the share"):
+        write(outputs, *rows, Tally())

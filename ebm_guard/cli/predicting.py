@@ -5,6 +5,7 @@ Of several processes each decides on its share of the batches.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -68,8 +69,8 @@ class PredictRows(ABC):
     def _data(self) -> dict[str, Any]:
         """Return what tells these data from others."""
 
-    def _class(self, label: int | None) -> str | None:
-        if label is None or not 0 <= label < len(self._classes):
+    def _class(self, label: int) -> str | None:
+        if not 0 <= label < len(self._classes):
             return None
         return self._classes[label]
 
@@ -107,6 +108,7 @@ class _ImageRows(PredictRows):
             return
         session, spec = self._session, self._spec.text
         rest = rows_behind(self._share, done)
+        names = iter(() if rest is None else rest.ids)
         shown = track(f"decide {spec}", self._share.total, enabled=not session.options.quiet)
         with shown as advance, model_errors(spec):
             advance(done)
@@ -117,7 +119,7 @@ class _ImageRows(PredictRows):
                         decision = self._guard(batch.inputs)
                     rows = _decided(decision, batch.ids, self._top_k)
                 rows += [_unreadable(name, error) for name, error in batch.skipped]
-                yield rows
+                yield _in_order(rows, names)
                 advance(len(rows))
 
 
@@ -166,12 +168,23 @@ def _without_energies(rows: Rows) -> Rows:
     return rows
 
 
+def _in_order(rows: Rows, names: Iterator[str]) -> Rows:
+    """Put the unreadable images of a batch between the others, as the source has them.
+
+    Args:
+        rows: of a batch.
+        names: of the source from this batch on; none for a stream, whose names are numbers.
+    """
+    places = {name: place for place, name in enumerate(itertools.islice(names, len(rows)))}
+    return sorted(rows, key=lambda row: places[row["id"]] if places else int(row["id"]))
+
+
 def _unreadable(name: str, error: str) -> dict[str, Any]:
     return {
         "id": name,
         "status": "INVALID",
         "accept": False,
-        "label": None,
+        "label": -1,
         "confidence": 0.0,
         "energy": None,
         "score": None,

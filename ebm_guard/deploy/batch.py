@@ -13,19 +13,26 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ebm_guard.deploy.batch_formats import (
     Row,
     parquet_of_lines,
-    parquet_rows,
     require_parquet,
     row_file,
     text_format,
 )
-from ebm_guard.deploy.batch_journal import Journal, Mark, bears_out, check_same, write_all
+from ebm_guard.deploy.batch_journal import (
+    SCHEMA,
+    Journal,
+    Mark,
+    bears_out,
+    check_same,
+    size_and_crc,
+    write_all,
+)
 from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.files import check_writable, replace_file
 
@@ -134,7 +141,7 @@ def write_once(outputs: Outputs, batches: Iterable[Sequence[Row]], tally: Tally)
         queue = None
         if queued is not None:
             queue = stack.enter_context(row_file(queued, "jsonl", outputs.fields))
-        for rows in batches:
+        for rows in _read(batches):
             write(rows)
             if queue is not None:
                 queue(refused(rows))
@@ -168,7 +175,7 @@ def write_resumable(
         _check_no_strangers(outputs)
         journal = Journal(outputs.journal)
         try:
-            _resumed(outputs, journal, identity, read, tally)
+            _resumed(outputs, journal, {"schema": SCHEMA, **identity}, read, tally)
             if not keep_journal:
                 journal.remove()
         finally:
@@ -208,7 +215,9 @@ def _resumed(
     tally.broken = mark.broken
     tally.kept = tally.taken_over = tally.rows
     if not mark.complete:
-        _append(parts, mark, journal, read(tally.rows), tally)
+        mark = _append(parts, mark, journal, read(tally.rows), tally)
+    if not mark.finals:
+        journal.add(replace(mark, finals=tuple(part.prepare() for part in parts)))
     for part in parts:
         part.place()
 
@@ -217,8 +226,9 @@ def _last_mark(journal: Journal, parts: Sequence[_Part]) -> Mark | None:
     end = journal.end()
     if end is not None and end.complete:
         # Stopped while the files got their names: some may have theirs already.
-        rows = sum(end.counts.values())
-        if all(part.whole(*pair, rows) for part, pair in zip(parts, end.files, strict=True)):
+        finals = end.finals or (None,) * len(end.files)
+        pairs = zip(parts, end.files, finals, strict=True)
+        if all(part.whole(rows, final) for part, rows, final in pairs):
             return end
     return journal.last([part.path for part in parts])
 
@@ -229,17 +239,30 @@ def _append(
     journal: Journal,
     batches: Iterable[Sequence[Row]],
     tally: Tally,
-) -> None:
+) -> Mark:
     with ExitStack() as stack:
         for part, pair in zip(parts, mark.files, strict=True):
             stack.enter_context(part.opened(*pair))
-        for rows in batches:
+        for rows in _read(batches):
             files = tuple(part.append(rows) for part in parts)
             tally.add(rows)
             journal.add(Mark(dict(tally.counts), tally.broken, files))
             tally.kept = tally.rows
         files = tuple((part.size, part.crc) for part in parts)
-        journal.add(Mark(dict(tally.counts), tally.broken, files, complete=True))
+        end = Mark(dict(tally.counts), tally.broken, files, complete=True)
+        journal.add(end)
+    return end
+
+
+def _read(batches: Iterable[Sequence[Row]]) -> Iterator[Sequence[Row]]:
+    """Tell errors of reading from those of writing."""
+    try:
+        yield from batches
+    except OSError as error:
+        raise DataError(
+            f"cannot read the data: {type(error).__name__}: {error}. Needed data that can be read "
+            "to its end"
+        ) from error
 
 
 class _Part:
@@ -283,27 +306,38 @@ class _Part:
         self.size, self.crc = self.size + len(data), zlib.crc32(data, self.crc)
         return self.size, self.crc
 
-    def whole(self, size: int, crc: int, rows: int) -> bool:
-        """Tell whether all rows are there, in this file or under their own name."""
+    def whole(self, rows: tuple[int, int], final: tuple[int, int] | None) -> bool:
+        """Tell whether all rows are there, in this file or under their own name.
+
+        Args:
+            rows: length and CRC-32 of the rows as they wait.
+            final: those of the finished file, or None where it was not made.
+        """
         if self.path.exists():
-            return bears_out(self.path, size, crc)
+            return bears_out(self.path, *rows)
+        return final is not None and bears_out(self._final, *final)
+
+    def prepare(self) -> tuple[int, int]:
+        """Make what will be the finished file; return its length and CRC-32."""
         if self._is_parquet:
-            return self._final.is_file() and parquet_rows(self._final) == rows
-        return bears_out(self._final, size, crc)
+            parquet_of_lines(self.path, self._made, self._fields)
+        # Before the name: after a power cut a name must not stand for an empty file.
+        with self._made.open("rb+") as file:
+            os.fsync(file.fileno())
+        return size_and_crc(self._made)
 
     def place(self) -> None:
         """Give the finished file its name, unless it has it already."""
         if not self.path.exists():
             return
-        new = self.path
-        if self._is_parquet:
-            new = _beside(self._final, ".part.parquet")
-            parquet_of_lines(self.path, new, self._fields)
-        # Before the name: after a power cut a name must not stand for an empty file.
-        with new.open("rb+") as file:
-            os.fsync(file.fileno())
-        new.replace(self._final)
+        if not self._made.exists():  # this run did not make it, and the last one did not name it
+            self.prepare()
+        self._made.replace(self._final)
         self.path.unlink(missing_ok=True)
+
+    @property
+    def _made(self) -> Path:
+        return _beside(self._final, ".part.parquet") if self._is_parquet else self.path
 
 
 def _check_no_strangers(outputs: Outputs) -> None:

@@ -28,7 +28,7 @@ FIELDS = (
     "reason",
 )
 TOP = "top"
-# Rows of a Parquet row group: about 10 MB in memory.
+# Rows of a Parquet row group, which wait in memory: about 30 MB.
 ROW_GROUP = 65_536
 Row = dict[str, Any]
 Write = Callable[[Sequence[Row]], object]
@@ -64,7 +64,8 @@ def text_format(name: str, fields: Sequence[str]) -> TextFormat:
     r"""Return ``jsonl`` or ``csv``.
 
     JSON keeps every float (shortest text that reads back as the same number) and writes no NaN.
-    In CSV None is an empty cell, and a list is JSON in a cell.
+    In CSV None is an empty cell, and a list is JSON in a cell. Names are written as they are: a
+    spreadsheet takes one that begins with = for a formula.
 
     Args:
         name: of the format.
@@ -145,15 +146,6 @@ def parquet_of_lines(lines: Path, path: Path, fields: Sequence[str], rows: int =
         write(block)
 
 
-def parquet_rows(path: Path) -> int | None:
-    """Return the number of rows of a Parquet file, or None where it is none."""
-    parquet, arrow = _pyarrow()
-    try:
-        return int(parquet.read_metadata(path).num_rows)
-    except (OSError, arrow.lib.ArrowException):
-        return None
-
-
 def _json_line(row: Row, fields: Sequence[str]) -> bytes:
     return json.dumps({name: row[name] for name in fields}, allow_nan=False).encode() + b"\n"
 
@@ -173,6 +165,14 @@ def _plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def _plain_row(value: Any) -> Any:
+    if isinstance(value, str):
+        return _plain(value)
+    if isinstance(value, dict):
+        return {name: _plain_row(each) for name, each in value.items()}
+    return [_plain_row(each) for each in value] if isinstance(value, list) else value
+
+
 def _pyarrow() -> tuple[Any, Any]:
     return importlib.import_module("pyarrow.parquet"), importlib.import_module("pyarrow")
 
@@ -182,24 +182,23 @@ def _parquet_writer(file: Any, fields: Sequence[str]) -> Iterator[Write]:
     """Write full row groups of ``ROW_GROUP`` rows, so that batches leave no trace in the file."""
     parquet, arrow = _pyarrow()
     schema = _schema(arrow, fields)
-    waiting = schema.empty_table()
     writer = parquet.ParquetWriter(file, schema)
+    waiting: list[Row] = []
 
     def write(rows: Sequence[Row]) -> None:
-        nonlocal waiting
-        values = [
-            {name: _plain(row[name]) if isinstance(row[name], str) else row[name] for name in row}
-            for row in rows
-        ]
-        waiting = arrow.concat_tables([waiting, arrow.Table.from_pylist(values, schema=schema)])
+        waiting.extend(rows)
         while len(waiting) >= ROW_GROUP:
-            writer.write_table(waiting.slice(0, ROW_GROUP).combine_chunks(), ROW_GROUP)
-            waiting = waiting.slice(ROW_GROUP).combine_chunks()
+            flush()
+
+    def flush() -> None:
+        values = [_plain_row(row) for row in waiting[:ROW_GROUP]]
+        writer.write_table(arrow.Table.from_pylist(values, schema=schema), ROW_GROUP)
+        del waiting[:ROW_GROUP]
 
     try:
         yield write
-        if len(waiting):
-            writer.write_table(waiting.combine_chunks(), ROW_GROUP)
+        if waiting:
+            flush()
         writer.close()
     except BaseException:
         # A writer that is left open closes itself later, into a file that is closed by then.

@@ -20,7 +20,7 @@ from typing import Any
 
 from ebm_guard.errors import DataError
 
-SCHEMA = "ebm_guard.batch/1"
+SCHEMA = "ebm_guard.batch/2"
 _BLOCK = 1 << 20
 _SHOWN = 5
 
@@ -34,12 +34,14 @@ class Mark:
         broken: rows that are INVALID because of the model.
         files: (bytes, CRC-32) of each file of rows.
         complete: no row is missing.
+        finals: (bytes, CRC-32) of each finished file, once they are made.
     """
 
     counts: Mapping[str, int]
     broken: int
     files: tuple[tuple[int, int], ...]
     complete: bool = False
+    finals: tuple[tuple[int, int], ...] = ()
 
 
 class Journal:
@@ -107,10 +109,14 @@ class Journal:
         return found
 
     def end(self) -> Mark | None:
-        """Return the last mark as it was written, whether files bear it out or not."""
-        last = None
-        for number, (line, _) in enumerate(self._lines()):
-            last = line if number else None
+        """Return the last mark as it was written, whether files bear it out or not.
+
+        A torn line behind it is cut off, so that the next mark is a line of its own.
+        """
+        last, end = None, 0
+        for number, (line, stop) in enumerate(self._lines()):
+            last, end = line if number else None, stop
+        self._file.truncate(end)
         return None if last is None else _mark(last)
 
     def begin(self, identity: Mapping[str, Any]) -> None:
@@ -186,6 +192,15 @@ def bears_out(path: Path, size: int, crc: int) -> bool:
         check.close()
 
 
+def size_and_crc(path: Path) -> tuple[int, int]:
+    """Return the length and the CRC-32 of a file."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
+
+
 def write_all(file: Any, data: bytes) -> None:
     """Write bytes into an unbuffered file, which may take fewer at a time.
 
@@ -229,8 +244,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _mark(line: Mapping[str, Any]) -> Mark:
-    files = tuple((int(size), int(crc)) for size, crc in line["files"])
-    return Mark(dict(line["counts"]), int(line["broken"]), files, bool(line["complete"]))
+    files, finals = (
+        tuple((int(size), int(crc)) for size, crc in line[name]) for name in ("files", "finals")
+    )
+    return Mark(dict(line["counts"]), int(line["broken"]), files, bool(line["complete"]), finals)
 
 
 def _lock(handle: int, path: Path) -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from ebm_guard.data.sources import StreamSource
 from ebm_guard.data.specs import existing_path
 from ebm_guard.gate import Guard
 from ebm_guard.predictions import Predictions
+from ebm_guard.predictions.record import Array, chunks
 
 # What computes a row, to its last digit.
-_LIBRARIES = ("ebm-guard", "torch", "numpy", "pillow")
+_LIBRARIES = ("ebm-guard", "torch", "timm", "numpy", "pillow")
 
 
 def rows_behind(source: ImageSource, done: int) -> ImageSource | None:
@@ -79,7 +80,9 @@ def images_identity(spec: Spec, source: ImageSource) -> dict[str, Any]:
 
 
 def stored_identity(spec: Spec, part: Predictions) -> dict[str, Any]:
-    """Return what tells whether stored rows are those of an earlier run.
+    """Return what tells whether stored rows are those of an earlier run: what the model said.
+
+    Not the fingerprint, which is that of the images and the same for every model.
 
     Args:
         spec: the parsed spec.
@@ -90,7 +93,12 @@ def stored_identity(spec: Spec, part: Predictions) -> dict[str, Any]:
         "spec": spec.text,
         "rows": len(part),
         "names": names,
-        "content": part.fingerprint,
+        "content": {
+            name: _array_hash(column)
+            for name in ("logits", "features")
+            if (column := getattr(part, name)) is not None
+        },
+        "kind": part.kind,
     }
 
 
@@ -109,7 +117,7 @@ def guard_identity(guard: Guard, path: str | Path) -> dict[str, Any]:
         "weights": None if classifier is None else classifier.weights_hash(),
         "device": None if device is None else device.type,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
-        "versions": {name: version(name) for name in _LIBRARIES},
+        "versions": {name: _version(name) for name in _LIBRARIES},
     }
 
 
@@ -121,6 +129,21 @@ def file_hash(path: str | Path) -> str:
     """
     with Path(path).open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _version(name: str) -> str | None:
+    """Return the installed version; timm may be missing."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _array_hash(array: Array) -> str:
+    digest = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    for block in chunks(array):
+        digest.update(np.ascontiguousarray(block).tobytes())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _names_hash(spec: Spec, ids: Sequence[str]) -> str:

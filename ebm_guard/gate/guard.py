@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ebm_guard import energy as formulas
-from ebm_guard.data.images import to_input
-from ebm_guard.errors import DataError, InvalidInputError, UnsupportedModelError
+from ebm_guard.data.images import plain, read_image, to_input, upright
+from ebm_guard.errors import InvalidInputError, UnsupportedModelError
 from ebm_guard.gate.class_conditional import ClassConditionalThreshold, require_threshold
 from ebm_guard.gate.deciding import decide, decide_stored
 from ebm_guard.gate.decision import Decision
@@ -304,14 +304,7 @@ class Guard(Fittable):
 
 
 def _opened(item: str | Path | Image.Image) -> Image.Image:
-    if isinstance(item, Image.Image):
-        return item
-    try:
-        with Image.open(item) as image:
-            image.load()
-            return image.copy()
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read image {item}: {error}") from None
+    return plain(upright(item) if isinstance(item, Image.Image) else read_image(item))
 
 
 __all__ = ["Guard", "wrap"]
