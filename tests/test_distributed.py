@@ -67,6 +67,7 @@ def test_one_process_alone_talks_to_nobody():
 
 def test_commands_that_cannot_be_shared_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     assert run(["attack", "--data", "demo:", "-o", "x"]) == 2
     assert "attack runs in one process" in capsys.readouterr().err
     assert run(["list", "--json"]) == 0

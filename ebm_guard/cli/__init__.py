@@ -60,7 +60,8 @@ class LazyGroup(click.Group):
 
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
             ctx.fail(f"no command {args[0]!r}{suggest(args[0], COMMANDS)}")
-        if args and args[0] not in SHARED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+        if args and args[0] not in SHARED and several:
             ctx.fail(
                 f"{args[0]} runs in one process, and WORLD_SIZE says that this is one of several "
                 f"(torchrun); start it without torchrun. Several can share: {', '.join(SHARED[:4])}"
