@@ -5,6 +5,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import torch
 
@@ -217,9 +218,9 @@ def test_a_model_that_ends_its_thread_leaves_nobody_waiting():
         assert get(f"{url}/health").status_code == 200
         assert get(f"{url}/ready").json()["ready"] is True
         model.arm()
-        reply = post(url, png(image_of(1)))
-        assert reply.json()["decisions"][0]["status"] == "INVALID"
-        assert post(url, b"").status_code == 503
+        for _ in range(2):
+            reply = post(url, png(image_of(1)))
+            assert (reply.status_code, reply.json()["error"]) == (503, "stopped")
         assert get(f"{url}/health").status_code == 503
         assert get(f"{url}/ready").status_code == 503
 
@@ -251,6 +252,32 @@ def test_shutdown_answers_what_is_queued():
         sample("ebm_guard_decisions_total", {"status": word}) for word in ("accept", "reject")
     ]
     assert sum(counted) == 10
+
+
+def test_what_the_server_counts_at_its_end_is_what_its_clients_got():
+    """A connection that breaks is a request that was not taken: nothing was decided on it."""
+    guard = fitted()
+
+    with served(guard) as (url, state):
+
+        def ask(client, index):
+            if index == 150:
+                state.stop()
+            try:
+                return client.post(f"{url}/predict", content=bodies[index % 20], headers=PNG)
+            except httpx.TransportError:
+                return None
+
+        bodies = [png(image_of(index)) for index in range(20)]
+        replies = in_parallel(ask, range(300))
+        metrics = state.service.metrics.registry.get_sample_value
+    answered = [reply for reply in replies if reply is not None and reply.status_code == 200]
+    assert 100 < len(answered) < 300
+    assert metrics("ebm_guard_responses_total", {"code": "200"}) == len(answered)
+    words = ("accept", "reject", "invalid")
+    decided = [metrics("ebm_guard_decisions_total", {"status": word}) for word in words]
+    assert sum(decided) == len(answered)
+    assert metrics("ebm_guard_batch_rows_sum") == len(answered)
 
 
 def test_drift_is_shown():
@@ -292,6 +319,7 @@ def test_what_cannot_be_served_is_refused_at_the_start():
     bad = {
         "max_batch": 0, "queue_size": 0, "max_bytes": 0, "max_pixels": 10**12, "decoders": 0,
         "max_delay": -1, "body_timeout": 0, "on_error": "ignore", "energy_edges": (1.0, 1.0),
+        "max_failures": 0, "retry_after": -1,
     }  # fmt: skip
     for name, value in bad.items():
         with pytest.raises(InvalidInputError, match=name):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ebm_guard.deploy.serve.batching import Batcher
 from ebm_guard.deploy.serve.refusal import RefusedError
+from ebm_guard.deploy.serve.workers import CallError
 
 
 def nothing():
@@ -53,8 +54,9 @@ def test_each_job_gets_its_own_answers_whatever_the_batches(sizes, max_batch, ba
     held.set()
     for index, x, future in jobs:
         if index in bad:
-            with pytest.raises(ValueError, match="bad row"):
+            with pytest.raises(CallError, match="bad row") as caught:
                 future.result(30)
+            assert type(caught.value.error) is ValueError
         else:
             assert future.result(30) == x[:, 0].tolist()
     made.close()
@@ -168,10 +170,11 @@ def test_a_thread_that_dies_answers_all_and_every_later_job():
     assert entered.wait(30)
     held.set()
     for job in jobs:
-        with pytest.raises(RuntimeError, match="SystemExit"):
+        with pytest.raises(RefusedError, match="SystemExit") as caught:
             job.result(30)
+        assert (caught.value.status, caught.value.reason) == (503, "stopped")
     assert not made.alive
-    with made.ticket() as ticket, pytest.raises(RuntimeError, match="SystemExit"):
+    with made.ticket() as ticket, pytest.raises(RefusedError, match="SystemExit"):
         ticket.submit(torch.ones(1, 2)).result(30)
     made.close()
 
@@ -185,3 +188,71 @@ def test_a_ticket_that_was_given_back_queues_nothing():
     with made.ticket() as ticket:
         assert ticket.submit(torch.ones(1, 2)).result(30) == [0]
     made.close()
+
+
+@settings(deadline=None, max_examples=25)
+@given(cancelled=st.sets(st.integers(0, 5)), max_batch=st.integers(1, 4), bad=st.integers(0, 6))
+def test_a_cancelled_job_is_not_run_and_spoils_no_other(cancelled, max_batch, bad):
+    """As where a middleware gives up a request, which cancels its future."""
+    held, entered, seen = threading.Event(), threading.Event(), []
+
+    def run(x):
+        entered.set()
+        assert held.wait(30)
+        seen.extend(x[:, 0].tolist())
+        if (x[:, 0] == bad).any():
+            raise ValueError("bad row")
+        return x[:, 0].tolist(), nothing
+
+    made = batcher(run, max_batch=max_batch)
+    with made.ticket() as ticket:
+        first = ticket.submit(torch.full((1, 2), 99.0))
+    assert entered.wait(30)
+    jobs = []
+    for number in range(6):
+        with made.ticket() as ticket:
+            jobs.append(ticket.submit(torch.full((1, 2), float(number))))
+    for number in cancelled:
+        assert jobs[number].cancel()
+    # One that runs is not cancelled any more: its answer can be given.
+    assert not first.cancel()
+    held.set()
+    assert first.result(30) == [99.0]
+    for number, job in enumerate(jobs):
+        if number in cancelled:
+            assert job.cancelled()
+        elif number == bad:
+            with pytest.raises(CallError):
+                job.result(30)
+        else:
+            assert job.result(30) == [float(number)]
+    assert made.alive
+    assert not cancelled & set(seen)
+    made.close()
+    assert made.inside == made.depth == 0
+
+
+def test_closing_gives_up_where_the_run_hangs():
+    held, entered = threading.Event(), threading.Event()
+
+    def run(x):
+        entered.set()
+        assert held.wait(30)
+        return [0] * len(x), nothing
+
+    made = batcher(run, max_batch=1)
+    with made.ticket() as one, made.ticket() as two:
+        jobs = [one.submit(torch.ones(1, 2)), two.submit(torch.ones(1, 2))]
+    assert entered.wait(30)
+    assert made.busy_for > 0
+    made.close(0.05)
+    for job in jobs:
+        with pytest.raises(RefusedError, match="ended before the model answered") as caught:
+            job.result(0)
+        assert caught.value.status == 503
+    held.set()
+    made.close()
+    assert not made.alive
+    # It ended by itself: the answer that came too late was no error.
+    assert made._broken is None
+    assert made.busy_for == 0

@@ -1,8 +1,12 @@
 """Changing the artefact: a shadow beside the live one, and going forward and back."""
 
 import collections
+import json
+from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 for extra in ("fastapi", "uvicorn", "httpx", "prometheus_client", "python_multipart"):
     pytest.importorskip(extra, reason="the extra `serve` is not installed")
@@ -21,10 +25,14 @@ from serving import (  # noqa: E402
     served,
     until,
 )
-from toys import Pixels  # noqa: E402
+from toys import Pixels, logits_with  # noqa: E402
 
+import ebm_guard  # noqa: E402
 from ebm_guard import Guard  # noqa: E402
-from ebm_guard.deploy.serve.identity import identity_of  # noqa: E402
+from ebm_guard.cli import run  # noqa: E402
+from ebm_guard.deploy.serve import make_app  # noqa: E402
+from ebm_guard.deploy.serve.identity import identity_of, saved_sha256  # noqa: E402
+from ebm_guard.errors import InvalidInputError  # noqa: E402
 
 
 def test_a_shadow_is_counted_and_never_answers(tmp_path):
@@ -80,6 +88,76 @@ def test_a_shadow_of_another_model_and_one_that_raises_leave_the_answers_alone()
         third = post(url, png(image_of(5)))
     for reply in (first, second, third):
         agrees(reply.json()["decisions"][0], expected)
+
+
+class InPlace(nn.Module):
+    """Halves its input where it lies."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Pixels()
+        self.pretrained_cfg = self.inner.pretrained_cfg
+        self.eval()
+
+    def forward(self, x):
+        return self.inner(x.mul_(0.5))
+
+
+def test_a_shadow_sees_what_came_and_not_what_the_live_model_left():
+    seen = []
+    hidden = Hook(lambda x: seen.append(x.clone()))
+    live, shadow = fitted(InPlace()), fitted(hidden)
+    hidden.arm()
+    images = [image_of(index) for index in range(8)]
+    with served(live, shadow=shadow) as (url, state):
+        for image in images:
+            post(url, png(image))
+        until(lambda: shadowed(state) == 8)
+    plain = ebm_guard.Preprocessing.from_model(hidden)
+    pixels = torch.stack([torch.tensor(image.getpixel((0, 0))) for image in images]) / 255
+    rows = plain.normalize(pixels[:, :, None, None].expand(-1, 3, 8, 8))
+    torch.testing.assert_close(torch.cat(seen), rows)
+
+
+def test_a_shadow_with_another_preprocessing_is_refused():
+    """It would decide on inputs that were prepared for the guard that answers."""
+    model = Pixels()
+    live = fitted(model)
+    own = ebm_guard.Preprocessing.from_model(model)
+    rows = torch.rand(200, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        labels = model(rows).argmax(dim=1)
+    labels[::5] = (labels[::5] + 1) % 3
+    for change, fits in (
+        ({"source": "read elsewhere"}, True),
+        ({"mean": (0.0, 0.0, 0.0)}, False),
+        ({"crop_pct": 0.9}, False),
+        ({"interpolation": "bicubic"}, False),
+    ):
+        other = ebm_guard.wrap(model, preprocessing=replace(own, **change)).fit([(rows, labels)])
+        if fits:
+            assert make_app(live, shadow=other).title == "ebm-guard"
+            continue
+        with pytest.raises(InvalidInputError, match="shadow with another preprocessing"):
+            make_app(live, shadow=other)
+
+
+def test_info_prints_the_hash_that_answers_carry(tmp_path, capsys):
+    guard = fitted()
+    path = guard.save(tmp_path / "guard.safetensors")
+    with served(Guard.load(path, Pixels())) as (url, _):
+        carried = post(url, png(image_of(1))).json()["artifact"]
+        (name,) = (name for name in counts(url) if name.startswith("ebm_guard_artifact_info"))
+    assert carried == f"sha256:{saved_sha256(path)}"
+    assert carried.removeprefix("sha256:") in name
+    assert run(["info", str(path)]) == 0
+    assert carried in capsys.readouterr().out
+    assert run(["info", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["identity"] == carried
+    # Without a model, and for a guard of stored rows, too.
+    for other in (Guard.load(path), ebm_guard.Guard().fit(logits_with(200))):
+        again = other.save(tmp_path / "again.safetensors")
+        assert saved_sha256(again) == identity_of(other).sha256
 
 
 def test_an_identity_is_that_of_every_copy(tmp_path):

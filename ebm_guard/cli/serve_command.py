@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--max-delay",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(min=0, max=60_000),
     default=5.0,
     show_default=True,
     help="Milliseconds that a request waits for others that are in the server already.",
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--body-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=86_400),
     default=30.0,
     show_default=True,
     help="Seconds that a client has to send its body in.",
@@ -84,11 +84,18 @@ if TYPE_CHECKING:
     help="Where the model raises: answer with the status INVALID, or with HTTP 500.",
 )
 @click.option(
+    "--model-timeout",
+    type=click.FloatRange(min=0, min_open=True, max=86_400),
+    default=60.0,
+    show_default=True,
+    help="Seconds that one forward pass may take; longer, and /health answers 503.",
+)
+@click.option(
     "--shutdown-timeout",
-    type=click.FloatRange(min=1),
+    type=click.FloatRange(min=1, max=86_400),
     default=30.0,
     show_default=True,
-    help="Seconds to answer what is queued in, after SIGTERM or Ctrl-C.",
+    help="Seconds to answer what is queued in, after SIGTERM or Ctrl-C; then it ends anyway.",
 )
 @json_option
 @live_model_options
@@ -105,6 +112,7 @@ def command(
     max_pixels: int,
     body_timeout: float,
     on_error: str,
+    model_timeout: float,
     shutdown_timeout: float,
     as_json: bool,
 ) -> None:
@@ -129,6 +137,7 @@ def command(
         max_pixels=max_pixels,
         body_timeout=body_timeout,
         on_error=on_error,
+        model_timeout=model_timeout,
         autocast=options.amp,
     )
     with warnings_as_lines():

@@ -7,14 +7,17 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from ebm_guard.deploy.serve.batching import Ticket
+from ebm_guard.deploy.serve.bodies import Body
 from ebm_guard.deploy.serve.parsing import FORM, NPY
 from ebm_guard.deploy.serve.refusal import RefusedError
 from ebm_guard.deploy.serve.service import Service
 from ebm_guard.deploy.serve.settings import ServeSettings, require_extra
+from ebm_guard.deploy.serve.workers import CallError, Workers
 from ebm_guard.gate import Guard
 
 if TYPE_CHECKING:
@@ -86,7 +89,6 @@ def make_app(
         await loop.run_in_executor(None, service.start)
         yield
         await loop.run_in_executor(None, service.stop)
-        front.close()
 
     app = FastAPI(
         title="ebm-guard", version=service.identity.version, docs_url=None, redoc_url=None,
@@ -102,16 +104,15 @@ def make_app(
     @app.get("/health")
     async def health() -> Response:
         """Say whether the process is to be kept: 503 means restart it."""
-        batcher = service.batcher
-        well = batcher is not None and (batcher.alive or batcher.closing)
-        return _json(200 if well else 503, {"healthy": well})
+        reason = service.sick()
+        return _json(503 if reason else 200, {"healthy": not reason, "reason": reason})
 
     @app.get("/ready")
     async def ready() -> Response:
         """Say whether to send requests here."""
-        batcher = service.batcher
-        able = batcher is not None and batcher.alive and not batcher.closing
-        return _json(200 if able else 503, {"ready": able, **service.identity.to_dict()})
+        reason = service.unready()
+        facts = {"ready": not reason, "reason": reason, **service.identity.to_dict()}
+        return _json(503 if reason else 200, facts)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -130,72 +131,55 @@ class _Front:
 
     def __init__(self, service: Service, settings: ServeSettings) -> None:
         self.service, self.settings = service, settings
-        self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="ebm-guard-image")
 
     async def predict(self, request: "Request") -> "Response":
         start, metrics = time.perf_counter(), self.service.metrics
+        body = Body(request, self.settings.max_bytes, self.settings.body_timeout)
         headers = {}
         try:
-            status, content = 200, await self._decisions(request)
+            status, content = 200, await self._decisions(request, body)
         except RefusedError as refused:
             metrics.refused(refused.reason)
             status, content = refused.status, {"error": refused.reason, "message": str(refused)}
             if status == 503:
                 headers["Retry-After"] = str(self.settings.retry_after)
         except Exception as error:  # noqa: BLE001 - every request gets an answer and a count
-            self.service.log("a request failed", error)
+            cause = error.error if isinstance(error, CallError) else error
+            self.service.log("a request failed", cause)
             metrics.refused("failed")
-            status, content = 500, {"error": "failed", "message": type(error).__name__}
+            status, content = 500, {"error": "failed", "message": type(cause).__name__}
         metrics.answered(status, time.perf_counter() - start)
-        return _json(status, content, headers)
+        await body.skip_small()
+        return (
+            _json(status, content, headers) if body.ended else _last(status, content, headers, body)
+        )
 
-    def close(self) -> None:
-        """Let the threads that decode images go."""
-        self._decoders.shutdown(wait=False)
-
-    async def _decisions(self, request: "Request") -> dict[str, Any]:
-        with self.service.require_batcher().ticket() as ticket:
-            body = await self._body(request)
-            content_type = request.headers.get("content-type", "")
-            kind = request.query_params.get("input", "model")
-
-            def submit() -> tuple[int, Future[list[Any]]]:
-                inputs = self.service.parser.rows(content_type, body, kind)
-                return len(inputs), ticket.submit(inputs)
-
-            loop = asyncio.get_running_loop()
-            count, future = await loop.run_in_executor(self._decoders, submit)
+    async def _decisions(self, request: "Request", body: Body) -> dict[str, Any]:
+        batcher, decoders = self.service.require()
+        with batcher.ticket() as ticket:
+            count, future = await self._queued(request, body, ticket, decoders)
             try:
                 rows = await asyncio.wrap_future(future)
-            except Exception as error:  # noqa: BLE001 - the user's model may raise anything
-                rows = self.service.failed(count, error)
+            except CallError as failed:
+                rows = self.service.failed(count, failed.error)
             return {"artifact": f"sha256:{self.service.identity.sha256}", "decisions": rows}
 
-    async def _body(self, request: "Request") -> bytes:
-        from starlette.requests import ClientDisconnect
+    async def _queued(
+        self, request: "Request", body: Body, ticket: Ticket, decoders: Workers
+    ) -> tuple[int, "Future[list[Any]]"]:
+        """Read, parse and queue; the bytes are let go here, before the model is waited for."""
+        content = await body.read()
+        content_type = request.headers.get("content-type", "")
+        kind = request.query_params.get("input", "model")
 
-        limit = self.settings.max_bytes
-        length = request.headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limit:
-            raise _too_long(limit)
-        body = bytearray()
-        try:
-            async with asyncio.timeout(self.settings.body_timeout):
-                async for part in request.stream():
-                    body += part
-                    if len(body) > limit:
-                        raise _too_long(limit)
-        except TimeoutError:
-            raise RefusedError(
-                "timeout", f"the body did not come within {self.settings.body_timeout:g} seconds"
-            ) from None
-        except ClientDisconnect:
-            raise RefusedError("unreadable", "the client went away before the body came") from None
-        return bytes(body)
+        def submit() -> tuple[int, Future[list[Any]]]:
+            inputs = self.service.parser.rows(content_type, content, kind)
+            return len(inputs), ticket.submit(inputs)
 
-
-def _too_long(limit: int) -> RefusedError:
-    return RefusedError("too_large", f"the body is longer than {limit:,} bytes; send a smaller one")
+        queued: tuple[int, Future[list[Any]]] = await decoders.run(
+            submit, seconds=self.settings.decode_timeout
+        )
+        return queued
 
 
 def _json(
@@ -205,3 +189,20 @@ def _json(
 
     text = json.dumps(content, allow_nan=False)
     return Response(text, status, headers=headers, media_type="application/json")
+
+
+def _last(status: int, content: dict[str, Any], headers: dict[str, str], body: Body) -> "Response":
+    """Answer before the body is read, read on, and close the connection after it."""
+    from fastapi import Response
+
+    class Last(Response):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            start = {"type": "http.response.start", "status": status, "headers": self.raw_headers}
+            part = {"type": "http.response.body", "body": self.body, "more_body": True}
+            await send(start)
+            await send(part)
+            await body.drain()
+            await send(part | {"body": b"", "more_body": False})
+
+    text = json.dumps(content, allow_nan=False)
+    return Last(text, status, headers | {"Connection": "close"}, media_type="application/json")

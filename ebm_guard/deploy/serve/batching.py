@@ -6,8 +6,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ebm_guard.deploy.serve.refusal import RefusedError
+from ebm_guard.deploy.serve.workers import CallError
 
 # The answers of a batch, one for each row, and what is left to do once they are given.
 Result = tuple[list[Any], Callable[[], None]]
@@ -26,7 +27,7 @@ class Job:
 
     Args:
         inputs: (B, ...), B >= 1.
-        future: gets the list of B answers.
+        future: gets the list of B answers, or a CallError where the model raised.
         arrived: when, by ``time.monotonic``.
     """
 
@@ -38,6 +39,16 @@ class Job:
     def kind(self) -> tuple[Any, ...]:
         """What must be equal for two jobs to share a forward pass."""
         return (self.inputs.shape[1:], self.inputs.dtype)
+
+    def answer(self, answers: list[Any]) -> None:
+        """Give the answers, unless the job was given up before."""
+        with suppress(InvalidStateError):
+            self.future.set_result(answers)
+
+    def fail(self, error: Exception) -> None:
+        """Give an error, unless the job was given up before."""
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
 
 
 class Ticket:
@@ -55,7 +66,8 @@ class Ticket:
 class Batcher:
     """Take jobs in order, run them in batches on one thread, and give each its own answers.
 
-    A batch that raises is run again job by job, so that one bad request spoils no other.
+    A batch that raises is run again job by job, so that one bad request spoils no other. A job
+    that is cancelled while it waits is not run.
 
     Args:
         run: from inputs (B, ...) to B answers, and what is left to do after they are given.
@@ -83,6 +95,8 @@ class Batcher:
         self.run, self.max_batch, self.max_delay = run, max_batch, max_delay
         self.capacity = capacity
         self._queue: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._began: float | None = None
         self._changed = threading.Condition()
         self._inside = self._coming = 0
         self._closing = False
@@ -108,6 +122,12 @@ class Batcher:
     def alive(self) -> bool:
         """Whether jobs are run."""
         return self._thread.is_alive() and self._broken is None
+
+    @property
+    def busy_for(self) -> float:
+        """Seconds that the batch which runs now has taken; 0 where none runs."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     @property
     def closing(self) -> bool:
@@ -144,12 +164,21 @@ class Batcher:
         """Take no more tickets, answer all that hold one, and stop.
 
         Args:
-            timeout: seconds to wait for the worker; None waits for ever.
+            timeout: seconds to wait for the worker; then the jobs that are left are refused, and
+                the thread, which cannot be stopped, is left alone. None waits for ever.
         """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         self._thread.join(timeout)
+        if self._thread.is_alive():
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Refuse all jobs that wait or run, because the server ends."""
+        with self._changed:
+            for job in (*self._running, *self._queue):
+                job.fail(RefusedError("closing", "the server ended before the model answered"))
 
     def _put(self, ticket: Ticket, job: Job) -> Future[list[Any]]:
         with self._changed:
@@ -162,38 +191,52 @@ class Batcher:
             if self._broken is None:
                 self._queue.append(job)
             else:
-                job.future.set_exception(_stopped(self._broken))
+                job.fail(_stopped(self._broken))
             self._changed.notify_all()
         return job.future
 
     def _work(self) -> None:
-        batch: list[Job] = []
         try:
-            while batch := self._next():
-                self._answer(batch)
+            while self._next():
+                self._began = time.monotonic()
+                self._answer(self._running)
+                self._began = None
+                # Its inputs would live until the next batch comes.
+                self._running = []
         except BaseException as error:  # noqa: BLE001 - even SystemExit must leave nobody waiting
             with self._changed:
                 self._broken = error
-                batch += self._queue
+                self._began = None
+                for job in (*self._running, *self._queue):
+                    job.fail(_stopped(error))
+                self._running = []
                 self._queue.clear()
-            for job in batch:
-                if not job.future.done():
-                    job.future.set_exception(_stopped(error))
 
-    def _next(self) -> list[Job]:
-        """Wait for jobs and take those of the next batch; none when all is done."""
+    def _next(self) -> bool:
+        """Wait for jobs and take those of the next batch; False when all is done."""
         with self._changed:
-            while not self._queue:
-                if self._closing and not self._coming:
-                    return []
-                self._changed.wait()
-            until = self._queue[0].arrived + self.max_delay
-            while self._coming and not self._closing:
-                left = until - time.monotonic()
-                if left <= 0 or self._is_full():
-                    break
-                self._changed.wait(left)
-            return [self._queue.popleft() for _ in range(self._fitting())]
+            while not self._running:
+                if self._queue:
+                    self._wait_for_others(self._queue[0].arrived + self.max_delay)
+                    taken = [self._queue.popleft() for _ in range(self._fitting())]
+                    # A future that runs cannot be cancelled: no answer comes too late for it.
+                    self._running = [
+                        job
+                        for job in taken
+                        if not job.future.done() and job.future.set_running_or_notify_cancel()
+                    ]
+                elif self._closing and not self._coming:
+                    return False
+                else:
+                    self._changed.wait()
+            return True
+
+    def _wait_for_others(self, until: float) -> None:
+        while self._coming and not self._closing:
+            left = until - time.monotonic()
+            if left <= 0 or self._is_full():
+                return
+            self._changed.wait(left)
 
     def _is_full(self) -> bool:
         count = self._fitting()
@@ -215,17 +258,20 @@ class Batcher:
             answers, rest = self.run(inputs)
         except Exception as error:  # noqa: BLE001 - the model is the user's, and may raise anything
             if len(batch) == 1:
-                batch[0].future.set_exception(error)
+                batch[0].fail(CallError(error))
                 return
             for job in batch:
                 self._answer([job])
             return
         start = 0
         for job in batch:
-            job.future.set_result(answers[start : start + len(job.inputs)])
+            job.answer(answers[start : start + len(job.inputs)])
             start += len(job.inputs)
         rest()
 
 
-def _stopped(error: BaseException) -> RuntimeError:
-    return RuntimeError(f"the thread that runs the model has stopped: {type(error).__name__}")
+def _stopped(error: BaseException) -> RefusedError:
+    return RefusedError(
+        "stopped",
+        f"the thread that runs the model has stopped ({type(error).__name__}); ask another replica",
+    )

@@ -7,6 +7,9 @@ from typing import Any
 from ebm_guard.deploy.serve.refusal import RefusedError
 
 FIELD = "file"
+# A browser sends a handful; tens of thousands of empty parts take seconds.
+_MOST_PARTS = 32
+_LONGEST_HEADER = 8192
 
 
 class _Parts:
@@ -14,28 +17,33 @@ class _Parts:
 
     def __init__(self) -> None:
         self.files: list[bytearray] = []
-        self.names: list[str] = []
+        self.count = 0
         self.ended = False
         self._field, self._value = bytearray(), bytearray()
         self._into: bytearray | None = None
 
     def begin(self) -> None:
         self._into = None
+        self.count += 1
+        if self.count > _MOST_PARTS:
+            raise RefusedError(
+                "unreadable",
+                f"the form has more than {_MOST_PARTS} fields; send one image, in the field "
+                f"{FIELD}",
+            )
 
     def header_field(self, data: bytes, start: int, end: int) -> None:
-        self._field += data[start:end]
+        self._add(self._field, data[start:end])
 
     def header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
+        self._add(self._value, data[start:end])
 
     def header_end(self) -> None:
         from python_multipart.multipart import parse_options_header
 
         if bytes(self._field).lower() == b"content-disposition":
             _, options = parse_options_header(self._value.decode("latin-1"))
-            name = options.get(b"name", b"").decode("latin-1")
-            self.names.append(name)
-            if name == FIELD:
+            if options.get(b"name", b"") == FIELD.encode():
                 self._into = bytearray()
                 self.files.append(self._into)
         self._field, self._value = bytearray(), bytearray()
@@ -46,6 +54,13 @@ class _Parts:
 
     def end(self) -> None:
         self.ended = True
+
+    def _add(self, to: bytearray, data: bytes) -> None:
+        if len(to) + len(data) > _LONGEST_HEADER:
+            raise RefusedError(
+                "unreadable", f"a header of the form is longer than {_LONGEST_HEADER} bytes"
+            )
+        to += data
 
     def callbacks(self) -> Any:
         return {
@@ -93,7 +108,7 @@ def file_of_form(content_type: str, body: bytes) -> bytes:
     if len(parts.files) != 1:
         raise RefusedError(
             "unreadable",
-            f"got {len(parts.files)} fields named {FIELD} among {len(parts.names)}; needed one "
+            f"got {len(parts.files)} fields named {FIELD} among {parts.count}; needed one "
             f"image for each request: curl -F {FIELD}=@image.jpg",
         )
     return bytes(parts.files[0])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ebm_guard.gate import Guard
-from ebm_guard.gate.artifact import canonical
-from ebm_guard.gate.storage import manifest_of
+from ebm_guard.gate.artifact import canonical, read_artifact
+from ebm_guard.gate.storage import GuardState, manifest_of, read_state
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,9 @@ class Identity:
 
     Args:
         sha256: over all that decides: score, cut, calibrator, rule and what they were fitted on,
-            and the weights' hash of the model. A guard and each saved copy of it have the same one.
+            and the weights' hash of the model. A guard and each saved copy of it have the same one;
+            ``ebm-guard info`` prints it. It is not the hash of the file, which says when it was
+            written, too.
         model: name of the model.
         score: name of the score.
         version: of this library.
@@ -58,12 +63,36 @@ def identity_of(guard: Guard) -> Identity:
     """
     state = guard.state()
     manifest = manifest_of(state)
+    return Identity(
+        sha256=_hash(state, manifest),
+        model=str(manifest["model"]["name"]),
+        score=guard.score.name,
+        version=manifest["versions"]["ebm_guard"],
+    )
+
+
+def saved_sha256(path: str | Path) -> str:
+    """Return the hash with which a saved guard is served, without its model.
+
+    Raises:
+        ArtifactError: damaged, edited, or incomplete.
+    """
+    state = read_state(path, None, None)
+    _, stored = read_artifact(path)
+    # The model is not here, so what is known of it is what was written.
+    known = {key: stored[key] for key in ("model", "preprocessing")}
+    return _hash(state, manifest_of(state) | known)
+
+
+def _hash(state: GuardState, manifest: Mapping[str, Any]) -> str:
     # When it was written, and by what, does not decide; nor do stored example inputs.
     decides = {
         key: value
         for key, value in manifest.items()
         if key not in ("created", "versions", "canary", "schema")
     }
+    # Nor does the name under which the model was loaded: its weights' hash does.
+    decides["model"] = manifest["model"]["weights_sha256"]
     digest = hashlib.sha256(canonical(decides).encode())
     parts = (state.score, state.threshold, state.calibrator, state.rule)
     for number, part in enumerate(parts):
@@ -72,9 +101,4 @@ def identity_of(guard: Guard) -> Identity:
             digest.update(f"|{number}.{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
             if plain.numel():
                 digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return Identity(
-        sha256=digest.hexdigest(),
-        model=str(manifest["model"]["name"]),
-        score=guard.score.name,
-        version=manifest["versions"]["ebm_guard"],
-    )
+    return digest.hexdigest()

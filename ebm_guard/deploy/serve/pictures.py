@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from ebm_guard.data.images import to_input, upright
+from ebm_guard.deploy.serve.bombs import check_cost
 from ebm_guard.deploy.serve.refusal import RefusedError
 from ebm_guard.errors import DataError, InvalidInputError, first_line
 from ebm_guard.model import Preprocessing
@@ -39,7 +40,8 @@ _DAMAGED = (
 def row_of_image(body: bytes, preprocessing: Preprocessing, max_pixels: int) -> Tensor:
     """Decode and prepare one image.
 
-    Its size is read from the header, and refused there, before a pixel is decoded.
+    Its size, and what else makes decoding long, is read from the header and refused there, before
+    a pixel is decoded.
 
     Args:
         body: the file.
@@ -59,6 +61,7 @@ def row_of_image(body: bytes, preprocessing: Preprocessing, max_pixels: int) -> 
         >>> row_of_image(file.getvalue(), plain, 100).shape
         torch.Size([1, 3, 2, 2])
     """
+    check_cost(body, max_pixels)
     try:
         with Image.open(io.BytesIO(body), formats=FORMATS) as image:
             _check_size(image.size, preprocessing, max_pixels)

@@ -11,6 +11,7 @@ STATUS = {
     "failed": 500,
     "load": 503,
     "closing": 503,
+    "stopped": 503,
 }
 
 

@@ -15,7 +15,11 @@ _MAGIC = b"\x93NUMPY"
 _LONGEST_HEADER = 4096
 _DTYPE = re.compile(rb"""['"]descr['"]\s*:\s*['"]([<>=|]?[fiu][1248])['"]""")
 _ORDER = re.compile(rb"""['"]fortran_order['"]\s*:\s*(True|False)""")
-_SHAPE = re.compile(rb"""['"]shape['"]\s*:\s*\(((?:\s*\d{1,10}\s*,?){0,8})\)""")
+# One class of characters: a pattern with blanks that may belong to either neighbour takes a header
+# of 200 bytes for minutes, and all threads of the process wait.
+_SHAPE = re.compile(rb"""['"]shape['"]\s*:\s*\(([0-9, ]{0,120})\)""")
+_NUMBER = re.compile(rb" {0,8}\d{1,10} {0,8}")
+_MOST_DIMENSIONS = 8
 
 
 def rows_of_npy(body: bytes, max_rows: int) -> Tensor:
@@ -41,7 +45,12 @@ def rows_of_npy(body: bytes, max_rows: int) -> Tensor:
     header, data = _split(body)
     found = [pattern.findall(header) for pattern in (_DTYPE, _ORDER, _SHAPE)]
     twice = any(header.count(key) != 1 for key in (b"descr", b"fortran_order", b"shape"))
-    if twice or any(len(hits) != 1 for hits in found):
+    # Nothing else may stand there: what numpy refuses is not guessed at.
+    rest = header
+    for pattern in (_DTYPE, _ORDER, _SHAPE):
+        rest = pattern.sub(b"", rest)
+    strange = rest.translate(None, b", \n") != b"{}"
+    if twice or strange or any(len(hits) != 1 for hits in found):
         raise RefusedError(
             "unreadable",
             "the .npy header is not that of one array of floating or whole numbers; write it with "
@@ -52,7 +61,7 @@ def rows_of_npy(body: bytes, max_rows: int) -> Tensor:
         dtype = np.dtype(code.decode())
     except TypeError:
         raise RefusedError("unreadable", f"no dtype is called {code.decode()}") from None
-    shape = tuple(int(number) for number in re.findall(rb"\d+", numbers))
+    shape = _shape(numbers)
     if math.prod(shape) * dtype.itemsize != len(data):
         raise RefusedError(
             "unreadable",
@@ -93,6 +102,23 @@ def as_expected(rows: Tensor, example: Tensor | None) -> Tensor:
             "floating numbers, prepared as the model takes them",
         )
     return rows.to(example.dtype)
+
+
+def _shape(numbers: bytes) -> tuple[int, ...]:
+    """Read what stands between the brackets: numbers with a comma between them, or nothing."""
+    if not numbers.strip():
+        return ()
+    parts = numbers.split(b",")
+    if len(parts) > 1 and not parts[-1].strip():
+        parts.pop()
+    plain = all(_NUMBER.fullmatch(part) for part in parts)
+    if not plain or len(parts) > _MOST_DIMENSIONS:
+        raise RefusedError(
+            "unreadable",
+            f"the .npy header has a shape that is not {_MOST_DIMENSIONS} numbers at most: write it "
+            "with numpy.save",
+        )
+    return tuple(int(part) for part in parts)
 
 
 def _split(body: bytes) -> tuple[bytes, memoryview]:
