@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ebm_guard.gate.drift.distances import (
     ks,
     psi,
 )
+from ebm_guard.gate.drift.evidence import merge_evidence
 from ebm_guard.gate.drift.martingale import Bettor, smoothed_p_values
 from ebm_guard.gate.drift.ranks import OnlineRanks
 from ebm_guard.gate.drift.record import DriftReport, DriftState, MergedDrift
@@ -259,46 +260,49 @@ class DriftMonitor:
         return psi(self._bins.reference, counts) if counts.sum() else None
 
     @staticmethod
-    def merge(monitors: Sequence[DriftMonitor]) -> MergedDrift:
-        """Put several monitors of one gate together.
+    def merge(monitors: Iterable[DriftMonitor], *, replicas: int | None = None) -> MergedDrift:
+        """Put several monitors of one gate together; ``map(DriftMonitor.load, paths)`` will do.
 
-        Counts and PSI's histograms add up exactly. Martingales do not merge: their average is an
-        e-value at one look (Markov), not a martingale, because all share one reference.
+        Counts and PSI's histograms add up exactly. Martingales do not merge, because all share
+        one reference; their evidence does, see
+        :func:`~ebm_guard.gate.drift.evidence.merge_evidence`.
 
         Args:
-            monitors: of the same reference scores, cut, promise, delta and bins.
+            monitors: of the same reference scores, cut, promise, delta and bins; held one by one.
+            replicas: how many will ever have run; without it those that are given.
 
         Raises:
-            InvalidInputError: none, or monitors of different gates.
-
-        References:
-            Vovk and Wang, E-values: Calibration, Combination and Applications, 2021.
+            InvalidInputError: none, monitors of different gates, or too small ``replicas``.
         """
-        if not monitors:
-            raise InvalidInputError("got no monitors to merge; needed at least one")
-        first = monitors[0]
-        for other in monitors[1:]:
-            if not first._same_gate(other):
+        first: DriftMonitor | None = None
+        states: list[DriftState] = []
+        counts = np.zeros(0, np.int64)
+        for monitor in monitors:
+            first = first or monitor
+            if not first._same_gate(monitor):
                 raise InvalidInputError(
                     "got monitors of different gates; needed the same reference scores, cut, "
                     "false_reject_rate, delta and n_bins"
                 )
-        states = [monitor.state for monitor in monitors]
+            with monitor._lock:
+                states.append(monitor._state())
+                counts = monitor._counts + (counts if len(counts) else 0)
+        if first is None:
+            raise InvalidInputError("got no monitors to merge; needed at least one")
         n, refused = (sum(getattr(state, name) for state in states) for name in ("n", "refused"))
-        counts: Counts = np.sum([monitor._counts for monitor in monitors], axis=0)
-        mean_wealth = sum(state.wealth for state in states) / len(states)
         return MergedDrift(
-            monitors=len(monitors),
             n=n,
             refused=refused,
             invalid=sum(state.invalid for state in states),
             false_reject_rate=first.false_reject_rate,
-            delta=first.delta,
             reject_rate=_rate(refused, n),
             psi=first._psi(counts),
-            mean_wealth=mean_wealth,
-            alarm_at_this_look=mean_wealth >= first.line,
-            alarm_at_any_time=any(state.highest >= len(states) * first.line for state in states),
+            evidence=merge_evidence(
+                [state.highest for state in states],
+                [state.wealth for state in states],
+                delta=first.delta,
+                replicas=replicas,
+            ),
         )
 
     def _same_gate(self, other: DriftMonitor) -> bool:

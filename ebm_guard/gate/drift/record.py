@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebm_guard.gate.drift.distances import KS, PSI
+from ebm_guard.gate.drift.evidence import MergedEvidence
 from ebm_guard.intervals import Metric
 
 
@@ -112,11 +113,7 @@ class DriftReport:
         if self.state.invalid:
             parts.append(f"{self.state.invalid:,} scores were not finite and count as refused.")
         if self.psi is not None:
-            side = "above" if self.psi.value > self.psi.null95 else "within"
-            parts.append(
-                f"PSI of recent scores is {self.psi.value:.3g}, {side} what chance gives "
-                f"({self.psi.expected:.2g} on average, {self.psi.null95:.2g} in 95 % of cases)."
-            )
+            parts.append(f"{_psi_words(self.psi, 'of recent scores')}.")
         return " ".join(parts)
 
     def _verdict(self) -> str:
@@ -142,60 +139,76 @@ class MergedDrift:
     """Several monitors of one gate, such as one a server.
 
     Args:
-        monitors: how many.
         n: scores seen by all; the counts add up exactly.
         refused: of them, refused.
         invalid: of them, not finite.
         false_reject_rate: what the gate promises.
-        delta: chance of a false alarm.
         reject_rate: share refused, or None without scores.
-        psi: of all traffic together, or None without finite scores.
-        mean_wealth: average of the monitors' wealth now.
-        alarm_at_this_look: the average is at least 1 / delta.
-        alarm_at_any_time: some monitor's wealth once reached monitors / delta.
+        psi: of all traffic together, or None without finite scores; for one look.
+        evidence: of the martingales together.
     """
 
-    monitors: int
     n: int
     refused: int
     invalid: int
     false_reject_rate: float
-    delta: float
     reject_rate: Metric | None
     psi: PSI | None
-    mean_wealth: float
-    alarm_at_this_look: bool
-    alarm_at_any_time: bool
+    evidence: MergedEvidence
+
+    @property
+    def monitors(self) -> int:
+        """Monitors that were merged."""
+        return self.evidence.reported
+
+    @property
+    def mean_wealth(self) -> float:
+        """Average of the monitors' wealth now."""
+        return self.evidence.mean_wealth
+
+    @property
+    def alarm_at_this_look(self) -> bool:
+        """Whether the average wealth is an alarm, at one look that was planned beforehand."""
+        return self.evidence.alarm_at_this_look
+
+    @property
+    def alarm_at_any_time(self) -> bool:
+        """Whether the adjusted evidence is an alarm, however often one looks."""
+        return self.evidence.alarm_at_any_time
 
     @property
     def sentence(self) -> str:
-        """What the merged figures say, and which of them holds when."""
-        rate = "" if self.reject_rate is None else f" {_share(self.reject_rate)} were refused."
-        return (
-            f"{self.monitors} monitors, {self.n:,} scores.{rate} Their average wealth is "
-            f"{self.mean_wealth:.3g}; at 1/delta = {1 / self.delta:g} it is an alarm that is false "
-            f"with probability at most {self.delta:g} at one look planned beforehand (Markov), "
-            "not at every look. For looking all the time each monitor alarms at "
-            f"{self.monitors / self.delta:g}: "
-            f"{'one did' if self.alarm_at_any_time else 'none did'}."
-        )
+        """The verdict in plain words, and which figure holds when."""
+        parts = [self.evidence.sentence]
+        if self.reject_rate is not None:
+            parts.append(
+                f"{_share(self.reject_rate)} of {self.n:,} scores were refused; the gate promises "
+                f"at most {self.false_reject_rate:.1%} of in-distribution inputs."
+            )
+        if self.psi is not None:
+            parts.append(f"{_psi_words(self.psi, 'of all traffic')}.")
+        return " ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON types."""
         return {
-            "monitors": self.monitors,
             "n": self.n,
             "refused": self.refused,
             "invalid": self.invalid,
             "false_reject_rate": self.false_reject_rate,
-            "delta": self.delta,
             "reject_rate": _dict(self.reject_rate),
             "psi": _dict(self.psi),
-            "mean_wealth": self.mean_wealth,
-            "alarm_at_this_look": self.alarm_at_this_look,
-            "alarm_at_any_time": self.alarm_at_any_time,
+            "evidence": self.evidence.to_dict(),
             "sentence": self.sentence,
         }
+
+
+def _psi_words(value: PSI, what: str) -> str:
+    side = "above" if value.value > value.null95 else "within"
+    return (
+        f"PSI {what} is {value.value:.3g}, {side} what chance gives ({value.expected:.2g} on "
+        f"average, {value.null95:.2g} in 95 % of cases)"
+    )
 
 
 def _dict(record: Metric | PSI | KS | None) -> dict[str, Any] | None:
