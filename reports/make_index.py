@@ -40,7 +40,9 @@ Scripts, results with seeds and environment, and a page for each: [fashion_mnist
 [semi_supervised](finetune/semi_supervised/README.md) (100 and 1,000 labels).
 
 Other folders: [ensemble](ensemble/README.md) (two CIFAR-10 networks as one energy), [demo_classifier](demo_classifier/README.md) (the embedded demo's network, by seed),
-[timm_sweep](timm_sweep/README.md) (one model of every timm module), [benchmarks](benchmarks) (ratios).
+[timm_sweep](timm_sweep/README.md) (one model of every timm module), [benchmarks](benchmarks) (ratios),
+[scale](scale.md) (costs, memory, many replicas), [security](security/README.md) (fuzzing, with counts),
+[export](export/README.md) (exported decisions against PyTorch's).
 """
 
 

@@ -81,6 +81,15 @@ METHODS = (
         default=True,
     ),
     Method(
+        "merged_evidence",
+        "drift",
+        f"{_DRIFT}.evidence:merge_evidence",
+        "Shafer et al., Statistical Science 2011; Choe and Ramdas, 2024",
+        "alarm when 1/R sum_r A(max_t M_r) >= 1/delta, A never falls, integral of A(y) / y^2 = 1",
+        ("drift monitors of R replicas",),
+        "any dependence between replicas, any time; the plain average of wealths at one look",
+    ),
+    Method(
         "reject_rate",
         "drift",
         f"{_DRIFT}.distances:clopper_pearson",
