@@ -7,13 +7,19 @@ import os
 import secrets
 import shutil
 import struct
+import sys
+import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ebm_guard.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Whatever numpy, the zip module and its decompressors raise on a damaged .npz file.
 DAMAGED_NPZ = (
@@ -28,7 +34,15 @@ DAMAGED_NPZ = (
     zlib.error,
     lzma.LZMAError,
     struct.error,
+    # Headers of arrays: numpy reads them as Python's literals, in its way of an older Python too.
+    SyntaxError,
+    tokenize.TokenError,
+    ArithmeticError,
+    MemoryError,
 )
+# Deflate makes a thousand out of one at most; photographs and features come nowhere near this.
+_MOST_INFLATION = 200
+_LARGE = 1 << 30
 
 
 @contextmanager
@@ -107,6 +121,87 @@ def replace_folder(folder: str | Path, marker: str) -> Iterator[Path]:
         _remove_empty(made)
 
 
+def read_arrays(file: BinaryIO, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """Read arrays of an open ``.npz`` file; nothing is unpickled.
+
+    Args:
+        file: opened for reading bytes.
+        names: those to read, where they are there; None for all.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        ValueError: a single array, a member that is no array or of Python objects, a name that is
+            there twice, or a member that would grow beyond 1 GiB and 200 times its size.
+        Exception: one of ``DAMAGED_NPZ``.
+
+    Example:
+        >>> import io
+        >>> import numpy as np
+        >>> file = io.BytesIO()
+        >>> np.savez(file, a=np.arange(3))
+        >>> _ = file.seek(0)
+        >>> read_arrays(file)
+        {'a': array([0, 1, 2])}
+    """
+    import numpy as np
+
+    loaded = np.load(file, allow_pickle=False)
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array, needed an .npz file (np.savez)")
+    members = [] if loaded.zip is None else loaded.zip.infolist()
+    if len({info.filename for info in members}) < len(members):
+        raise ValueError("it holds two arrays of one name")
+    wanted = [name for name in names or loaded.files if name in loaded.files]
+    for info in members:
+        grown = info.file_size > max(_LARGE, _MOST_INFLATION * info.compress_size)
+        if grown and info.filename.removesuffix(".npy") in wanted:
+            raise ValueError(
+                f"{info.filename} would grow from {info.compress_size:,} to {info.file_size:,} "
+                "bytes; save it uncompressed (np.savez) if that is meant"
+            )
+    arrays = {name: loaded[name] for name in wanted}
+    strange = [name for name, array in arrays.items() if not _is_sound(array)]
+    if strange:
+        raise ValueError(f"{', '.join(strange)} is no array, or holds no text")
+    return arrays
+
+
+def map_array(path: Path) -> NDArray[Any]:
+    """Open a ``.npy`` file, memory-mapped; nothing is unpickled.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: Python objects, or elements without a size or a side below 0: numpy divides by
+            zero there, in native code, which ends the process.
+        Exception: one of ``DAMAGED_NPZ``.
+
+    Example:
+        >>> import tempfile
+        >>> import numpy as np
+        >>> place = Path(tempfile.mkdtemp()) / "a.npy"
+        >>> np.save(place, np.arange(3))
+        >>> map_array(place).tolist()
+        [0, 1, 2]
+    """
+    import numpy as np
+
+    layout = np.lib.format
+    readers = {(1, 0): layout.read_array_header_1_0, (2, 0): layout.read_array_header_2_0}
+    with path.open("rb") as file:
+        version = layout.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"{path.name} is of version {version} of the .npy format")
+        shape, _, dtype = readers[version](file)
+    if dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0:
+        raise ValueError(f"{path.name} claims an array of shape {shape} and dtype {dtype}")
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
 def expanded(text: str | Path) -> Path:
     """Return a path with environment variables and ``~`` filled in.
 
@@ -154,6 +249,18 @@ def cannot_write(path: Path, error: OSError) -> DataError:
         f"cannot write {path}: {reason}; nothing was written. Needed a writable folder with free "
         "space: choose another --output"
     )
+
+
+def _is_sound(array: Any) -> bool:
+    """Tell whether this is an array whose text, if any, Python can hold."""
+    import numpy as np
+
+    if not isinstance(array, np.ndarray):
+        return False
+    if array.dtype.kind != "U" or not array.nbytes:
+        return True
+    letters = array.astype(array.dtype.newbyteorder("="), order="C").reshape(-1).view(np.uint32)
+    return int(letters.max()) <= sys.maxunicode
 
 
 def _replaceable(folder: Path, marker: str) -> bool:

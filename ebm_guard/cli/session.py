@@ -383,6 +383,11 @@ def named_specs(pairs: tuple[str, ...]) -> dict[str, str]:
         name, equals, spec = pair.partition("=")
         if not equals or not name or not spec:
             raise InvalidInputError(f"got --ood {pair!r}; needed NAME=SPEC")
+        if name in (".", "..") or any(sign in name for sign in "/\\\0"):
+            raise InvalidInputError(
+                f"got --ood {pair!r}; the name {name!r} would be a path where files are named "
+                "after sets, take a plain word"
+            )
         if name in specs:
             raise InvalidInputError(f"got --ood {name!r} twice; names must differ")
         if name in RESERVED:

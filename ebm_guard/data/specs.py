@@ -17,6 +17,7 @@ READERS = ("torch", "hfds", "hfids", "wds")
 _SLICE = re.compile(
     r"^(?P<rest>.*)\[(?P<start>(?:-?\d{1,12})?):(?P<stop>(?:-?\d{1,12})?)(?::(?P<step>(?:-?\d{1,12})?))?\]$"
 )
+_MOST_CLASSES = 1_000_000
 _HELP = (
     "a spec is [folder:]PATH, list:FILE, npz:FILE[#split][SLICE][?classes=0-7], "
     "logits:FILE[SLICE], predictions:DIR[SLICE], demo:[ROLE], or one of timm's readers: "
@@ -172,6 +173,9 @@ def _parse_query(text: str, query: str) -> tuple[int, ...]:
             )
         first = int(match[1])
         labels.extend(range(first, int(match[2] or first) + 1))
+        # Long ranges over and over would fill the memory before they are refused.
+        if len(labels) > _MOST_CLASSES:
+            break
     if len(set(labels)) != len(labels) or not labels:
         raise InvalidInputError(f"got classes {value!r} in spec {text!r}; each label at most once")
     return tuple(labels)

@@ -224,7 +224,7 @@ def _resumed(
 
 def _last_mark(journal: Journal, parts: Sequence[_Part]) -> Mark | None:
     end = journal.end()
-    if end is not None and end.complete:
+    if end is not None and end.complete and len(end.files) == len(parts):
         # Stopped while the files got their names: some may have theirs already.
         finals = end.finals or (None,) * len(end.files)
         pairs = zip(parts, end.files, finals, strict=True)

@@ -96,8 +96,8 @@ class Journal:
                 if not end:
                     end = stop
                     continue
-                mark = _mark(line)
-                if not all(
+                mark = _mark(line, self.path)
+                if len(mark.files) != len(checks) or not all(
                     check.holds(*pair) for check, pair in zip(checks, mark.files, strict=True)
                 ):
                     break
@@ -117,7 +117,7 @@ class Journal:
         for number, (line, stop) in enumerate(self._lines()):
             last, end = line if number else None, stop
         self._file.truncate(end)
-        return None if last is None else _mark(last)
+        return None if last is None else _mark(last, self.path)
 
     def begin(self, identity: Mapping[str, Any]) -> None:
         """Forget everything, and write what the rows of this run depend on."""
@@ -239,15 +239,25 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     code, _, text = line.removesuffix(b"\n").partition(b" ")
     if not line.endswith(b"\n") or code != b"%08x" % zlib.crc32(text):
         return None
-    value: dict[str, Any] = json.loads(text)
-    return value
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
-def _mark(line: Mapping[str, Any]) -> Mark:
-    files, finals = (
-        tuple((int(size), int(crc)) for size, crc in line[name]) for name in ("files", "finals")
-    )
-    return Mark(dict(line["counts"]), int(line["broken"]), files, bool(line["complete"]), finals)
+def _mark(line: Mapping[str, Any], path: Path) -> Mark:
+    try:
+        files, finals = (
+            tuple((int(size), int(crc)) for size, crc in line[name]) for name in ("files", "finals")
+        )
+        counts = {str(word): int(count) for word, count in line["counts"].items()}
+        return Mark(counts, int(line["broken"]), files, bool(line["complete"]), finals)
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
+        raise DataError(
+            f"cannot read {path}: a mark is damaged. Remove it and the .part files beside it to "
+            "start anew"
+        ) from None
 
 
 def _lock(handle: int, path: Path) -> None:

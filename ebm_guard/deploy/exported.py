@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ebm_guard.deploy.export_text import check_program_text, repacked
 from ebm_guard.errors import ArtifactError, InvalidInputError, first_line
 from ebm_guard.gate.decision import ACCEPT, INVALID, REJECT
 
@@ -23,6 +25,7 @@ FACTS = "ebm_guard"
 FACTS_FILE = f"{FACTS}.json"
 # Another machine or runtime rounds otherwise; a damaged file gives another thing altogether.
 SELF_TEST = 1e-2
+_EXTERNAL = "session.model_external_initializers_file_folder_path"
 _ZIP = b"PK\x03\x04"
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -182,7 +185,7 @@ def self_test_input(shape: tuple[int, ...], dtype: torch.dtype, *, pixels: bool)
 
 
 def check_archive(content: bytes) -> str:
-    """Refuse a ``.pt2`` archive with pickled parts; return its facts.
+    """Refuse a ``.pt2`` archive with pickled parts, or with text that torch would run as code.
 
     ``torch.export.load`` unpickles example inputs, and weights and constants that are marked so.
     Ours have none of these.
@@ -223,6 +226,9 @@ def check_archive(content: bytes) -> str:
                 f"the .pt2 file holds pickled parts ({', '.join(pickled) or 'marked so'}), and "
                 "nothing is unpickled here; export it again with ebm_guard"
             )
+        for full, name in zip(names, inside, strict=True):
+            if name.startswith("models/"):
+                check_program_text(archive.read(full))
         facts = [n for n, i in zip(names, inside, strict=True) if i == f"extra/{FACTS_FILE}"]
         if not facts:
             raise ArtifactError("the .pt2 file holds no guard: it has no facts of ebm_guard")
@@ -230,6 +236,7 @@ def check_archive(content: bytes) -> str:
 
 
 def _open_torch(content: bytes) -> tuple[Run, str]:
+    content = repacked(content)
     text = check_archive(content)
     module = torch.export.load(io.BytesIO(content)).module()
     return lambda x: tuple(module(x)), text
@@ -244,6 +251,8 @@ def _open_onnx(content: bytes) -> tuple[Run, str]:
         ) from None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Weights outside of the file would be read from the working folder: there is nothing here.
+    options.add_session_config_entry(_EXTERNAL, f"{os.devnull}/none")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     text = session.get_modelmeta().custom_metadata_map.get(FACTS)
     if text is None:

@@ -120,7 +120,8 @@ def read_artifact(
         )
     try:
         manifest = json.loads(text)
-    except ValueError:
+    # The second, for brackets inside brackets without end.
+    except (ValueError, RecursionError):
         manifest = None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema not in schemas:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ebm_guard.errors import DataError, EbmGuardError, InvalidInputError
-from ebm_guard.files import replace_folder
+from ebm_guard.files import DAMAGED_NPZ, map_array, replace_folder
 from ebm_guard.predictions.head import LinearHead
 
 SCHEMA = "ebm_guard.predictions/1"
@@ -185,7 +185,7 @@ class Predictions:
                         f"cannot read predictions from {folder}: {file.name} was edited or "
                         "damaged after it was saved; run the prediction again"
                     )
-                columns[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+                columns[name] = map_array(file)
             weight, bias = (columns.pop(name, None) for name in _HEAD)
             loaded = cls(
                 **columns,
@@ -198,7 +198,7 @@ class Predictions:
                 skipped=tuple((str(name), str(error)) for name, error in header["skipped"]),
                 notes=header["notes"],
             )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+        except (*DAMAGED_NPZ, LookupError, AttributeError) as error:
             if isinstance(error, EbmGuardError):
                 raise
             raise DataError(f"cannot read predictions from {folder}: {error}") from None

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ebm_guard.data.sources import checked_groups, integer_labels, read_npz
+from ebm_guard.data.sources.arrays import names_in
 from ebm_guard.data.specs import Spec, existing_path
 from ebm_guard.errors import DataError, UnsupportedModelError
 from ebm_guard.model.classifier import check_kind
@@ -27,6 +28,8 @@ _ARRAYS = (
     "head_weight",
     "head_bias",
 )
+
+_NUMBERS = ("probs", "features", "sample_weight", "head_weight", "head_bias")
 
 
 def stored_predictions(spec: Spec, *, labelled: bool = True) -> Predictions:
@@ -67,6 +70,12 @@ def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
     """
     path = existing_path(spec)
     arrays = read_npz(spec, path, _ARRAYS)
+    for name in _NUMBERS:
+        if name in arrays and arrays[name].dtype.kind not in "biuf":
+            raise DataError(
+                f"got spec {spec.text!r} with `{name}` of dtype {arrays[name].dtype}; needed "
+                "numbers"
+            )
     if "logits" in arrays:
         kind, values = "logits", arrays["logits"]
     elif "probs" in arrays:
@@ -94,10 +103,10 @@ def read_logits(spec: Spec, *, labelled: bool = True) -> Predictions:
         labels=None if labels is None else integer_labels(labels, len(values), spec.text),
         groups=None if groups is None else checked_groups(groups, len(values), spec.text),
         sample_weight=None if weights is None else np.asarray(weights, dtype=np.float64),
-        ids=tuple(map(str, arrays["ids"])) if "ids" in arrays else None,
+        ids=names_in(arrays, "ids", spec.text),
         kind=kind,
         dtype=dtype,
-        classes=tuple(map(str, arrays["classes"])) if "classes" in arrays else None,
+        classes=names_in(arrays, "classes", spec.text),
         source=spec.text,
         head=_read_head(arrays),
     )

@@ -62,7 +62,7 @@ class Baseline:
             report = json.loads(file.read_text(encoding="utf-8"))
             schema = report["schema"]
             title = str(report["meta"]["title"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise DataError(f"cannot read the baseline report {file}: {error}") from None
         if schema != SCHEMA:
             raise DataError(f"{file} has schema {schema!r}; this version compares {SCHEMA!r}")

@@ -69,7 +69,7 @@ def read_requirements(path: str | Path) -> list[str]:
     """
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the requirements in {path}: {error}") from None
     tables = ("requirements", PREFIX)
     other = [name for name in content if name not in tables]

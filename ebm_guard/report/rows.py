@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ebm_guard.calibration import RowStatistics
 from ebm_guard.errors import DataError
-from ebm_guard.files import DAMAGED_NPZ
+from ebm_guard.files import DAMAGED_NPZ, read_arrays
 
 FILE_NAME = "rows.npz"
 SCHEMA = "ebm_guard.rows/1"
@@ -78,8 +78,7 @@ class ReportRows:
         """
         try:
             with path.open("rb") as handle:
-                file = np.load(handle, allow_pickle=False)
-                arrays = {name: file[name] for name in file.files}
+                arrays = read_arrays(handle)
             if str(arrays["schema"]) != SCHEMA:
                 raise DataError(f"{path} has schema {arrays['schema']}; needed {SCHEMA!r}")
             names = [name.partition(":")[2] for name in arrays if name.startswith("hashes:")]

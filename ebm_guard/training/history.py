@@ -83,7 +83,7 @@ def read_history(path: Path) -> list[Line]:
     """
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read the history {path}: {error}") from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from ebm_guard.data.sources.base import Array, ImageSource, Labels
 from ebm_guard.data.specs import Spec
 from ebm_guard.errors import DataError, EbmGuardWarning, suggest
-from ebm_guard.files import DAMAGED_NPZ
+from ebm_guard.files import DAMAGED_NPZ, read_arrays
 
 # What a bare `demo:` means for each option.
 _DEMO_ROLES = {"fit": "train", "validation": "calibration", "ood": "far_ood"}
@@ -52,10 +52,7 @@ def read_npz(spec: Spec, path: Path, names: Sequence[str]) -> dict[str, Array]:
     try:
         # Opened here: numpy leaves its own handle open when it fails half-way.
         with path.open("rb") as handle:
-            file = np.load(handle, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"got {path}, a single array; needed an .npz file (np.savez)")
-            return {name: file[name] for name in names if name in file.files}
+            return read_arrays(handle, names)
     except DAMAGED_NPZ as error:
         raise DataError(f"got spec {spec.text!r}; cannot read {path}: {error}") from None
 
@@ -64,6 +61,23 @@ def npz_names(path: Path) -> list[str]:
     """Return the names of the arrays in an npz file."""
     with path.open("rb") as handle, zipfile.ZipFile(handle) as file:
         return [name.removesuffix(".npy") for name in file.namelist()]
+
+
+def names_in(arrays: Mapping[str, Array], name: str, source: str) -> tuple[str, ...] | None:
+    """Return an array of names as text, or None where it is not there.
+
+    Raises:
+        DataError: not one text or number each.
+    """
+    values = arrays.get(name)
+    if values is None:
+        return None
+    if values.ndim != 1 or values.dtype.kind not in "USbiuf":
+        raise DataError(
+            f"got {source} with `{name}` of shape {values.shape} and dtype {values.dtype}; needed "
+            "one name each, (N,) text"
+        )
+    return tuple(map(str, values))
 
 
 def integer_labels(labels: Array, n: int, source: str) -> Labels:
@@ -126,7 +140,7 @@ def open_npz(spec: Spec, path: Path) -> ImageSource:
         )
     images = _checked_images(spec, arrays[wanted[0]])
     labels = arrays.get(wanted[1])
-    names = tuple(map(str, arrays["classes"])) if "classes" in arrays else None
+    names = names_in(arrays, "classes", spec.text)
     labels = None if labels is None else integer_labels(labels, len(images), spec.text)
     groups = arrays.get(wanted[2])
     groups = None if groups is None else checked_groups(groups, len(images), spec.text)

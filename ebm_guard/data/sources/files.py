@@ -185,6 +185,9 @@ def open_list(spec: Spec, path: Path) -> ImageSource:
     files = [Path(line.path) for line in lines]
     files = [file if file.is_absolute() else path.parent / file for file in files]
     known = [line.label for line in lines if line.label is not None]
+    large = next((label for label in known if abs(label) >= 2**63), None)
+    if large is not None:
+        raise DataError(f"{spec.text}: got the label {large}; needed class numbers")
     labels = np.array(known, dtype=np.int64) if known else None
     groups = [line.group for line in lines if line.group is not None]
     return FileSource(spec.text, files, path.parent, labels, None, _grouped(groups, spec.text))

@@ -330,7 +330,7 @@ class DriftMonitor:
         arrays, settings = read_monitor(path)
         try:
             return cls.from_state(arrays, settings)
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise ArtifactError(
                 f"{path} lacks what this version needs ({error}); start a new monitor"
             ) from None
@@ -380,6 +380,8 @@ class DriftMonitor:
         monitor._counts, monitor._recent = counts.astype(np.int64), arrays["recent"]
         monitor._n, monitor._refused = int(settings["n"]), int(settings["refused"])
         monitor._invalid, monitor._epoch = int(settings["invalid"]), int(settings["epoch"])
+        if min(monitor._n, monitor._refused, monitor._invalid, monitor._epoch) < 0:
+            raise ValueError("a count below 0")
         monitor._alarm_at = settings["alarm_at"]
         monitor._alarm_direction = str(settings["alarm_direction"])
         monitor._highest_before = float(settings["highest_before"])

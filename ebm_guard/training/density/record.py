@@ -196,7 +196,7 @@ def load_density(path: str | Path, classifier: EnergyClassifier | None = None) -
             facts = json.loads((file.metadata() or {})["facts"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         schema = facts["schema"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise DataError(f"cannot read the density {path}: {error}") from None
     if schema != SCHEMA:
         raise DataError(f"{path} has schema {schema!r}; this version reads {SCHEMA!r}")
