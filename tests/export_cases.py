@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import ebm_guard
+from ebm_guard.model import EnergyEnsemble
 from ebm_guard.ood import combine, make_score
 
 CLASSES = 4
@@ -47,6 +48,18 @@ def fitted(model=None, n=1000, **settings):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ebm_guard.errors.EbmGuardWarning)
         return ebm_guard.wrap(model).fit(labelled(model, n), **settings)
+
+
+def ensemble(combine):
+    """Two nets of other sizes and offsets; the second is another ensemble for a mixture."""
+    one, other = Net(), Net()
+    with torch.no_grad():
+        other.first.weight.add_(0.1)
+        other.fc.weight.mul_(-0.7)
+    if combine == "mixture":
+        other = EnergyEnsemble([other, Net()]).fit([inputs(300, 8)])
+    settings = {"weights": [0.5, 2.0], "temperatures": [1.5, 0.8]}
+    return EnergyEnsemble([one, other], combine=combine, **settings).fit([inputs(300)])
 
 
 SCORES = {

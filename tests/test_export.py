@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from export_cases import CASES, Net, case, fitted, inputs, labelled
+from export_cases import CASES, Net, case, ensemble, fitted, inputs, labelled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toys import Pixels
@@ -93,6 +93,14 @@ def test_the_program_equals_the_guard(name):
     assert (found.probabilities[-3:] == 0).all()
     # Bad rows change nothing about the others.
     assert torch.equal(found.accept[:-3], decision.accept)
+
+
+@pytest.mark.parametrize("combine", ["product", "mixture"])
+def test_the_program_of_an_ensemble_equals_the_guard(combine):
+    guard = fitted(ensemble(combine))
+    x = torch.cat([inputs(60), inputs(60, 5, spread=6.0)])
+    with torch.no_grad():
+        same(call(GuardProgram(guard), x), guard(x))
 
 
 def test_every_registered_score_is_a_case():

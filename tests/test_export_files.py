@@ -6,8 +6,9 @@ import zipfile
 
 import pytest
 import torch
-from export_cases import Net, case, fitted, inputs, labelled
+from export_cases import Net, case, ensemble, fitted, inputs, labelled
 from torch import nn
+from toys import Pixels
 
 import ebm_guard
 from ebm_guard.cli import run as run_command
@@ -123,6 +124,34 @@ def test_wrapped_and_half_precision_models(wrap, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("combine", ["product", "mixture"])
+def test_an_ensemble_is_one_program(combine, tmp_path):
+    guard = fitted(ensemble(combine))
+    path = tmp_path / "g.pt2"
+    export(guard, "torch", path, example=inputs(256, 9, spread=2.0))
+    program, x = load_exported(path), inputs(64, 3, spread=2.0)
+    for n in (1, 2, 7, 64):
+        assert torch.equal(program(x[:n]).accept, guard(x[:n]).accept)
+        torch.testing.assert_close(program(x[:n]).logits, guard(x[:n]).logits)
+
+
+@pytest.mark.slow
+def test_a_model_in_channels_last_takes_either_layout(tmp_path):
+    model = Pixels().to(memory_format=torch.channels_last)
+    x = torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    guard = ebm_guard.wrap(model)
+    with torch.no_grad():
+        labels = model(guard.classifier.pixels(x)).argmax(dim=1)
+    labels[::4] = (labels[::4] + 1) % 3
+    guard.fit([(guard.classifier.pixels(x), labels)])
+    program = export(guard, "torch", tmp_path / "g.pt2", input="pixels")
+    for n in (1, 2, 7, 64):
+        wanted = guard.pixels(x[:n]).accept
+        assert torch.equal(program(x[:n]).accept, wanted)
+        assert torch.equal(program(x[:n].to(memory_format=torch.channels_last)).accept, wanted)
+
+
+@pytest.mark.slow
 def test_features_and_mixed_scores_survive_the_file(tmp_path):
     guard = case("combine")
     program = export(guard, "torch", tmp_path / "g.pt2")
@@ -155,13 +184,15 @@ class Pretends(Net):
     ("model", "words"),
     [(Branches, "cannot be traced"), (Pretends, "does not agree"), (OneByOne, "cannot be traced")],
 )
-def test_a_model_that_cannot_be_kept_leaves_no_file(model, words, tmp_path):
+def test_a_model_that_cannot_be_kept_leaves_no_file(model, words, tmp_path, capfd):
     guard = fitted(Net())
     guard.classifier = ebm_guard.EnergyClassifier(model())
     path = tmp_path / "new" / "g.pt2"
     with pytest.raises(UnsupportedModelError, match=words):
         export(guard, "torch", path, example=inputs(256))
     assert list(tmp_path.iterdir()) == []
+    # The tracer would print the graph.
+    assert capfd.readouterr() == ("", "")
 
 
 def test_wrong_calls_are_refused(guard, tmp_path):
@@ -299,5 +330,9 @@ def test_the_command_writes_what_it_says(tmp_path, capsys):
     assert facts["parity"]["rows"] == 256
     assert load_exported(out).facts["guard_sha256"] == facts["guard_sha256"]
     assert run_command([*arguments, "--amp", "-o", out]) == 2
-    assert run_command(["export", str(guard), "--format", "torch", "-o", out]) == 2
+    # A guard of the demo classifier needs no --model; one of another model does.
+    assert run_command(["export", str(guard), "--format", "torch", "-o", out]) == 0
+    assert "256 of 256 decisions equal" in capsys.readouterr().out
+    other = str(fitted().save(tmp_path / "other.safetensors"))
+    assert run_command(["export", other, "--format", "torch", "-o", out]) == 2
     assert "--model" in capsys.readouterr().err

@@ -201,15 +201,6 @@ def test_sigterm_under_load_ends_cleanly_and_every_answer_is_right(guards):
     assert "Traceback" not in err
 
 
-def test_litserve_example(tmp_path, guards):
-    pytest.importorskip("litserve", reason="litserve is not installed")
-    names = runpy.run_path(str(ROOT / "examples/serving/litserve_server.py"))
-    api = names["GuardAPI"](str(guards[0]), MODEL)
-    api.setup("cpu")
-    decision = api.predict(image_of(3))
-    assert api.encode_response(decision)["decisions"] == guards[2].predict(image_of(3)).rows()
-
-
 @pytest.mark.slow
 def test_the_triton_example_names_the_tensors_of_the_exported_graph(tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):

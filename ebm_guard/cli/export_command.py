@@ -59,6 +59,7 @@ def command(
     """
     import json
 
+    from ebm_guard.cli.demo_guard import demo_specs
     from ebm_guard.cli.session import Session, warnings_as_lines
     from ebm_guard.deploy import export
     from ebm_guard.errors import InvalidInputError, NotFittedError
@@ -71,7 +72,10 @@ def command(
         )
     check_writable(output)
     with warnings_as_lines():
-        session = Session(options, [] if data is None else [data], guard_path)
+        specs = [] if data is None else [data]
+        if options.model is None and not specs:
+            specs = demo_specs(guard_path)
+        session = Session(options, specs, guard_path)
         session.require_classifier()
         if session.guard is None:
             raise NotFittedError(f"{guard_path} holds no guard")

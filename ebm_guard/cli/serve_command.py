@@ -155,16 +155,18 @@ def command(
 
 
 def _guards(options: ModelOptions, path: str, shadow: str | None) -> tuple[Guard, Guard | None]:
+    from ebm_guard.cli.demo_guard import demo_specs
     from ebm_guard.cli.session import Session
     from ebm_guard.errors import InvalidInputError, NotFittedError
     from ebm_guard.gate import Guard
 
-    if options.model is None:
+    specs = [] if options.model else demo_specs(path)
+    if options.model is None and not specs:
         raise InvalidInputError(
             "no --model was given; needed the model that the guard was fitted on (a timm name, "
             "module:factory or file.py:factory)"
         )
-    session = Session(options, [], path)
+    session = Session(options, specs, path)
     if session.guard is None:
         raise NotFittedError(f"{path} holds no guard")
     if shadow is None:

@@ -6,7 +6,7 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ebm_guard.model.mode import evaluation_mode
 
 # From the facts, as JSON, to the bytes of the file.
 Content = Callable[[str], bytes]
+_OLDEST_OPSET = 18
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -40,7 +41,9 @@ def traced(program: GuardProgram, example: Tensor) -> torch.export.ExportedProgr
     rows = torch.export.Dim("batch", min=1)
     # A 0/1 batch is special to the tracer.
     example = example if len(example) > 1 else example.repeat(2, *[1] * (example.ndim - 1))
-    with _refused("traced"), evaluation_mode(program.model), torch.no_grad():
+    # The tracer prints the graph of what it refuses.
+    silent = redirect_stderr(io.StringIO())
+    with silent, _refused("traced"), evaluation_mode(program.model), torch.no_grad():
         return torch.export.export(program, (example,), dynamic_shapes=({0: rows},), strict=False)
 
 
@@ -68,6 +71,8 @@ def onnx_content(
         InvalidInputError: the extra ``onnx`` is not installed.
         UnsupportedModelError: ONNX has no form for something in the model, or it is over 2 GiB.
     """
+    if opset is not None and opset < _OLDEST_OPSET:
+        raise InvalidInputError(f"got opset {opset}; needed {_OLDEST_OPSET} or higher")
     missing = [item for item in _ONNX_PACKAGES if importlib.util.find_spec(item) is None]
     if missing:
         raise InvalidInputError(
@@ -90,6 +95,8 @@ def onnx_content(
             f"got opset {opset}, and this model came out with {used}; leave the option out"
         )
 
+    _name_batch(program.model.graph)
+
     def content(facts: str) -> bytes:
         program.model.metadata_props[FACTS] = facts
         with _refused("written as one ONNX file (2 GiB at most)"):
@@ -97,6 +104,16 @@ def onnx_content(
         return data
 
     return content, {"torch": torch.__version__, **_versions(), "opset": used}
+
+
+def _name_batch(graph: Any) -> None:
+    """Call the free axis ``batch`` in the graph's own inputs and outputs, as servers show it."""
+    old = str(graph.inputs[0].shape[0])
+    values = [*graph.inputs, *(value for node in graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and old in str(size):
+                value.shape[axis] = str(size).replace(old, "batch")
 
 
 def _versions() -> dict[str, str]:

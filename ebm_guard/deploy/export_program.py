@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_guard import energy as formulas
+from ebm_guard.deploy.export_ensemble import without_checks
 from ebm_guard.deploy.export_scores import Cuts, calibrator_module, score_module
 from ebm_guard.errors import InvalidInputError, NotFittedError, UnsupportedModelError
 from ebm_guard.gate import Guard
@@ -121,7 +122,7 @@ def exportable(classifier: EnergyClassifier | None) -> EnergyClassifier:
             "the model was compiled in place, and compiled code cannot be exported; wrap the model "
             "as it was before model.compile()"
         )
-    return own
+    return without_checks(own)
 
 
 def _on_cpu(part: Part) -> Part:

@@ -16,7 +16,13 @@ from ebm_guard.deploy.export_formats import onnx_content, torch_content, traced
 from ebm_guard.deploy.export_parity import check_parity, parity_inputs, reference
 from ebm_guard.deploy.export_program import GuardProgram
 from ebm_guard.deploy.exported import OUTPUTS, SCHEMA, Exported, open_program, self_test_input
-from ebm_guard.errors import DataError, InvalidInputError
+from ebm_guard.errors import (
+    ArtifactError,
+    DataError,
+    InvalidInputError,
+    UnsupportedModelError,
+    first_line,
+)
 from ebm_guard.files import replace_file
 from ebm_guard.gate import Guard
 from ebm_guard.gate.artifact import canonical
@@ -118,15 +124,31 @@ class _Export:
         if self.format == "onnx":
             content, versions = onnx_content(graph, name, self.opset)
         facts = self._facts(program, inputs, versions)
-        loaded = open_program(content(canonical(facts)), str(path))
         row = self_test_input(tuple(inputs.shape[1:]), inputs.dtype, pixels=self.pixels)
-        logits = loaded(row).logits[0].double()
+        try:
+            loaded = open_program(content(canonical(facts)), str(path))
+            logits = loaded(row).logits[0].double()
+        except ArtifactError as error:
+            raise self._no_runtime(error, inputs.dtype) from error
         finite = bool(torch.isfinite(logits).all())
         facts["self_test"] = {"logits": logits.tolist() if finite else None}
         facts["parity"] = check_parity(guard, wanted, loaded)
         with replace_file(path) as new:
             new.write_bytes(content(canonical(facts)))
         return Exported(loaded.run, facts)
+
+    def _no_runtime(self, error: ArtifactError, dtype: torch.dtype) -> UnsupportedModelError:
+        advice = "export it with another version of torch"
+        if self.format == "onnx":
+            advice = (
+                f"its input is {dtype}, and ONNX Runtime on a CPU has few operations for other "
+                "types than float32, and knows the opsets of its time: export the model in "
+                "float32, with a lower opset, or as a torch program"
+            )
+        cause = first_line(error.__cause__ or error)
+        return UnsupportedModelError(
+            f"the program was made and cannot be run here ({cause}). No file was written; {advice}"
+        )
 
     def _example(self, example: Tensor | None) -> Tensor:
         guard = self.guard
