@@ -70,7 +70,9 @@ def test_every_case_in_onnx_runtime(name, tmp_path):
     x = torch.cat([inputs(86, seed, spread) for seed, spread in enumerate((0.2, 1.0, 5.0))])
     program = export(guard, "onnx", tmp_path / "g.onnx", example=x)
     parity = program.facts["parity"]
-    assert parity["decisions_that_differ"] <= parity["near_the_cut"] <= 3
+    # At most 2 % of the rows: the largest energy_scale is 180 times its cut, and tolerances are of
+    # the largest score.
+    assert parity["decisions_that_differ"] <= parity["near_the_cut"] <= 5
     assert 0 < parity["accepted"] < 256
 
 
