@@ -48,10 +48,12 @@ def torch_net():
     model = net()
     x, y = map(torch.from_numpy, table(400, seed=9))
     optimiser = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
-        optimiser.zero_grad()
-        torch.nn.functional.cross_entropy(model(x.float()), y).backward()
-        optimiser.step()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the dropout
+        for _ in range(60):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(model(x.float()), y).backward()
+            optimiser.step()
     return model.eval()
 
 
@@ -59,7 +61,7 @@ def test_it_says_what_the_guard_says(torch_net):
     x, y = table()
     guard = ebm_guard.wrap(torch_net)
     guard.fit([(torch.from_numpy(x).float(), torch.from_numpy(y))], seed=0)
-    new, _ = table(50, seed=1)
+    new, _ = table(500, seed=1)
     truth = guard(torch.from_numpy(new).float())
     one = GuardedClassifier(torch_net, reject_label=-1, batch_size=64).fit(x, y)
     assert one.guard_.threshold.cut == guard.threshold.cut
@@ -67,7 +69,7 @@ def test_it_says_what_the_guard_says(torch_net):
     assert np.array_equal(one.score_samples(new), -truth.score.numpy())
     expected = np.where(truth.accept.numpy(), truth.label.numpy(), -1)
     assert np.array_equal(one.predict(new), expected)
-    assert 0 < (expected == -1).sum() < 50
+    assert 0 < (expected == -1).sum() < 500
     logits = torch_net(torch.from_numpy(new).float()).double().detach().numpy()
     scaled = np.exp(logits / float(guard.calibrator.temperature))
     proba = scaled / scaled.sum(axis=1, keepdims=True)
