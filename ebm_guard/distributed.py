@@ -16,10 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ebm_guard.errors import InvalidInputError, ProcessError, first_line
+from ebm_guard.errors import DataError, InvalidInputError, ProcessError, first_line
 
 # A process that is gone is noticed at once, by its connection; this is how long a slow one has.
 _PATIENCE = timedelta(hours=12)
+# Those that a command may go on from.
+_OWN_ERRORS = {kind.__name__: kind for kind in (DataError, InvalidInputError)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class World:
         return nn.parallel.DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
 
     def mean(self, values: Sequence[float | None]) -> list[float | None]:
-        """Average numbers over the processes; None where any of them has none."""
+        """Average numbers over the processes; NaN or None where any of them has none."""
         if self.size == 1:
             return list(values)
         filled = [float("nan") if value is None else value for value in values]
@@ -106,7 +108,7 @@ class World:
         """
         if self.size == 1:
             return [own]
-        data = _bytes_of(own.encode())
+        data = _bytes_of(own.encode("utf-8", "backslashreplace"))
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with _contact():
             dist.all_gather(sizes, torch.tensor([len(data)]))
@@ -128,7 +130,8 @@ class World:
             doing: what the block does, for the message.
 
         Raises:
-            ProcessError: another process failed in the block, or is gone.
+            EbmGuardError: that of another process, where it is one of ours.
+            ProcessError: another process failed in another way, or is gone.
         """
         failed: Exception | None = None
         try:
@@ -146,7 +149,9 @@ class World:
             raise failed
         for rank, words in enumerate(heard):
             if words:
-                raise ProcessError(
+                # The same kind of error everywhere: what one goes on from, all go on from.
+                kind = _OWN_ERRORS.get(words.partition(":")[0], ProcessError)
+                raise kind(
                     f"process {rank} of {self.size} failed while {doing}, so all stop: {words}"
                 )
 

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from processes import alone, ended, start
 from safetensors.numpy import load_file
 
 from ebm_guard.cli import run
 from ebm_guard.data import open_source
+from ebm_guard.data.sources import StreamSource
+from ebm_guard.deploy.batch import Outputs
+from ebm_guard.deploy.batch_shards import refuse_another_number
 from ebm_guard.distributed import World
-from ebm_guard.errors import InvalidInputError
+from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.predictions.shared import block_of, share_of
 
 # What one process and two may differ in: when, how long, and the words they were called with.
@@ -58,6 +62,33 @@ def test_a_stream_of_unknown_length_cannot_be_shared():
     assert share_of(source, World(), 8) is source
 
 
+class Stream(StreamSource):
+    """Declares fewer images than it has."""
+
+    def read(self):
+        for number in range(25):
+            yield Image.new("L", (8, 8), number * 9), None
+
+
+def test_the_last_process_reads_a_stream_to_its_end():
+    found = [
+        [name for name, _, _ in share_of(Stream("wds/x", None, 20), World(rank, 3), 4).rows()]
+        for rank in range(3)
+    ]
+    assert [len(names) for names in found] == [4, 8, 13]
+    assert [name for names in found for name in names] == [str(row) for row in range(25)]
+    # A subset of a subset counts in the latter.
+    chosen = Stream("wds/x", None, 20).subset(np.arange(10, 20)).subset(np.array([0, 9]))
+    assert [name for name, _, _ in chosen.rows()] == ["10", "19"]
+
+
+def test_one_process_does_not_begin_anew_beside_the_rows_of_several(tmp_path):
+    (tmp_path / "out.shard-0-of-3.part.journal").write_text("")
+    outputs = Outputs(tmp_path / "out", "jsonl", ("id",))
+    with pytest.raises(DataError, match="go on with 3 processes"):
+        refuse_another_number(outputs, World())
+
+
 def test_one_process_alone_talks_to_nobody():
     world = World()
     assert world.texts("ä") == ["ä"]
@@ -80,7 +111,7 @@ from ebm_guard.data.batches import Batch
 from ebm_guard.data import open_source
 from ebm_guard.data.demo import demo_classifier
 from ebm_guard.distributed import working_together
-from ebm_guard.errors import EbmGuardError
+from ebm_guard.errors import DataError, EbmGuardError
 from ebm_guard.model import EnergyClassifier
 from ebm_guard.data import batches
 from ebm_guard.predictions import predict
@@ -105,6 +136,12 @@ with working_together(torch.device("cpu")) as world:
             assert part.ids == whole.ids and part.fingerprint == whole.fingerprint
             assert (part.head.weight == whole.head.weight).all()
             assert isinstance(part.logits, np.memmap) == (limit == 2000)
+    try:
+        with world.together("reading"):
+            if world.rank == 1:
+                raise DataError("no such file: \\udcff")
+    except DataError as error:
+        assert ("process 1 of 3" in str(error)) == (world.rank != 1), error
     try:
         with world.together("counting"):
             if world.rank == 1:
@@ -258,7 +295,7 @@ def test_another_number_of_processes_does_not_begin_anew(tmp_path):
     (tmp_path / "out.shard-0-of-3.part.journal").write_text("")
     found = ended(start(command, 2, cwd=tmp_path))
     assert [code for code, _, _ in found] == [3, 3]
-    assert "with 2 processes" in found[0][2]
+    assert "with 2 process(es)" in found[0][2]
     assert "of a run with 3; go on with 3 processes" in found[0][2]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import struct
 import zipfile
 
@@ -13,6 +14,7 @@ from fuzzing.mutations import npy_bomb
 
 from ebm_guard import Guard, Predictions
 from ebm_guard.deploy.export_text import check_program_text, repacked
+from ebm_guard.deploy.exported import check_archive
 from ebm_guard.deploy.serve.refusal import RefusedError
 from ebm_guard.deploy.serve.tensors import rows_of_npy
 from ebm_guard.errors import ArtifactError, DataError, InvalidInputError
@@ -230,6 +232,9 @@ def forged(path, target, text):
         (SIZE, "9**9**9"),
         (SIZE, "Symbol('s77').__class__"),
         (SIZE, "x" * 2000),
+        # Names go into source that torch runs.
+        ('"name": "x"', '"name": "x=open({mark!r}, \'w\')"'),
+        ('"parameter_name": "', '"parameter_name": "w\\", open({mark!r}, \'w\')) #'),
     ],
 )
 def test_a_program_whose_text_is_code_is_refused(written, old, new, tmp_path):
@@ -244,6 +249,43 @@ def test_a_program_whose_text_is_code_is_refused(written, old, new, tmp_path):
     with bounded(seconds=20), pytest.raises(ArtifactError, match="would run as code"):
         load_exported(forged(written, tmp_path / "forged.pt2", changed))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/weights/model.pt",
+        "models/tensor_a.json",
+        "data/constants/tensor_a.pt",
+        "data/Sample_Inputs/model.pt",
+        "data/constants/opaque_obj_0",
+        "data/Constants/tensor_0",
+        "data/weights/weight_\u0663",
+    ],
+)
+def test_members_that_torch_would_unpickle_are_refused(written, name, tmp_path):
+    path = tmp_path / "forged.pt2"
+    with zipfile.ZipFile(written) as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.namelist():
+            new.writestr(member, old.read(member))
+        new.writestr(f"{old.namelist()[0].partition('/')[0]}/{name}", pickle.dumps({}))
+    with pytest.raises(ArtifactError, match="unpickling"):
+        check_archive(path.read_bytes())
+
+
+@pytest.mark.parametrize("change", [{"path_name": "opaque_obj_0"}, {"use_pickle": True}])
+def test_weights_that_are_no_tensors_are_refused(written, change, tmp_path):
+    path = tmp_path / "forged.pt2"
+    with zipfile.ZipFile(written) as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.namelist():
+            content = old.read(member)
+            if member.endswith("weights_config.json"):
+                config = json.loads(content)
+                next(iter(config["config"].values())).update(change)
+                content = json.dumps(config).encode()
+            new.writestr(member, content)
+    with pytest.raises(ArtifactError, match="pickled"):
+        check_archive(path.read_bytes())
 
 
 def test_the_text_of_a_sound_program_passes(written):

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,9 @@ from predict_cases import FORMATS, Lines, files_of
 from toys import Pixels
 
 from ebm_guard.cli import run
+from ebm_guard.cli.options import ModelOptions
+from ebm_guard.cli.predicting import predict_rows
+from ebm_guard.cli.session import Session
 from ebm_guard.data import batches, open_source, parse_spec
 from ebm_guard.data.sources import StreamSource
 from ebm_guard.deploy import batch_formats, batch_source
@@ -260,6 +263,28 @@ def test_who_decides_is_a_part_of_the_identity(name, place, monkeypatch):
         monkeypatch.setattr(batch_source, "version", lambda package: "0")
     after = guard_identity(guard, path)
     assert [key for key in before if before[key] != after[key]] == [name]
+
+
+def test_a_list_may_name_an_image_twice(place, tmp_path):
+    names = ["images/00.png", "images/03.png", "images/01.png", "images/00.png", "images/03.png"]
+    (place / "twice.txt").write_text("\n".join(names))
+    invoke(*command_of(place, f"list:{place / 'twice.txt'}", "-o", tmp_path / "rows"))
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["id"] for row in rows] == names
+    assert [row["status"] == "INVALID" for row in rows] == [False, True, False, False, True]
+
+
+def test_stored_rows_that_are_all_done_are_no_rows(place):
+    """As where a run was killed between its last batch and the mark of the end."""
+    spec = f"logits:{place / 'z.npz'}[:10]"
+    blank = {item.name: None for item in fields(ModelOptions)}
+    options = ModelOptions(**blank | {"batch_size": 8, "quiet": True})
+    model = load_model(f"{place / 'nets.py'}:net")
+    session = Session(options, [spec])
+    session.guard = Guard.load(place / "guard.safetensors", model)
+    rows = predict_rows(session, spec, None)
+    assert [len(part) for part in rows.behind(0)] == [10]
+    assert list(rows.behind(10)) == []
 
 
 # --- the review queue

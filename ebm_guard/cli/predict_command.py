@@ -113,7 +113,7 @@ def _write(outputs: Outputs, rows: PredictRows, tally: Tally, world: World) -> N
 def _kept(outputs: Outputs, rows: PredictRows, guard_path: str, tally: Tally, world: World) -> bool:
     """Run with a journal; return whether it came to its end."""
     from ebm_guard.deploy.batch import write_resumable
-    from ebm_guard.deploy.batch_shards import write_shared_resumable
+    from ebm_guard.deploy.batch_shards import refuse_another_number, write_shared_resumable
     from ebm_guard.errors import EbmGuardError
 
     def told(words: str) -> None:
@@ -129,6 +129,7 @@ def _kept(outputs: Outputs, rows: PredictRows, guard_path: str, tally: Tally, wo
     }
     try:
         if world.size == 1:
+            refuse_another_number(outputs, world)
             write_resumable(outputs, identity, rows.behind, tally)
         else:
             write_shared_resumable(outputs, identity, rows.behind, tally, world)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -134,7 +135,8 @@ class _StoredRows(PredictRows):
 
     def _batches(self, done: int) -> Iterator[Rows]:
         chunks = block_of(-(-len(self._part) // _CHUNK), self._session.world)
-        for start in range(chunks.start * _CHUNK + done, chunks.stop * _CHUNK, _CHUNK):
+        stop = min(chunks.stop * _CHUNK, len(self._part))
+        for start in range(chunks.start * _CHUNK + done, stop, _CHUNK):
             block = self._part.select(slice(start, start + _CHUNK))
             names = self._part.names(range(start, start + len(block)))
             rows = _decided(self._guard.decide_stored(block), names, self._top_k)
@@ -175,8 +177,10 @@ def _in_order(rows: Rows, names: Iterator[str]) -> Rows:
         rows: of a batch.
         names: of the source from this batch on; none for a stream, whose names are numbers.
     """
-    places = {name: place for place, name in enumerate(itertools.islice(names, len(rows)))}
-    return sorted(rows, key=lambda row: places[row["id"]] if places else int(row["id"]))
+    places: defaultdict[str, deque[int]] = defaultdict(deque)
+    for place, name in enumerate(itertools.islice(names, len(rows))):
+        places[name].append(place)  # a list may name an image twice
+    return sorted(rows, key=lambda row: places[row["id"]].popleft() if places else int(row["id"]))
 
 
 def _unreadable(name: str, error: str) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def write_shared_resumable(
     own = shard_of(outputs, world)
     part = {"process": world.rank, "processes": world.size}
     with world.together("deciding"):
-        _refuse_another_number(outputs, world)
+        refuse_another_number(outputs, world)
         write_resumable(own, dict(identity) | part, read, tally, keep_journal=True)
     _finish(outputs, tally, world)
     # Not before all rows have their place: until then an interruption may need them.
@@ -149,17 +149,21 @@ def _concatenate(path: Path, parts: Sequence[Path], header: bytes) -> None:
                 shutil.copyfileobj(file, new, _BLOCK)
 
 
-def _refuse_another_number(outputs: Outputs, world: World) -> None:
-    """Refuse to begin anew beside rows that another number of processes left."""
+def refuse_another_number(outputs: Outputs, world: World) -> None:
+    """Refuse to begin anew beside rows that another number of processes left.
+
+    Raises:
+        DataError: with the number.
+    """
     ending = f"-of-{world.size}.part.journal"
     for path in outputs.output.parent.glob(f"{escape(outputs.output.name)}.shard-*-of-*.journal"):
         if not path.name.endswith(ending):
             number = path.name.removesuffix(".part.journal").rpartition("-")[2]
             raise DataError(
-                f"got --resume with {world.size} processes, and {path} of a run with {number}; go "
-                f"on with {number} processes, or remove its files to start anew"
+                f"got --resume with {world.size} process(es), and {path} of a run with {number}; "
+                f"go on with {number} processes, or remove its files to start anew"
             )
-    if outputs.journal.exists():
+    if world.size > 1 and outputs.journal.exists():
         raise DataError(
             f"got --resume with {world.size} processes, and {outputs.journal} of a run with one; "
             "go on with one process, or remove it and the .part files beside it to start anew"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ebm_guard.data import ImageSource, Spec
 from ebm_guard.data.sources import StreamSource
@@ -42,25 +40,10 @@ def rows_behind(source: ImageSource, done: int) -> ImageSource | None:
     if not done:
         return source
     if isinstance(source, StreamSource):
-        return _Behind(source, done)
+        return source.behind(done)
     if done >= len(source):
         return None
     return source.subset(np.arange(done, len(source), dtype=np.int64))
-
-
-class _Behind(StreamSource):
-    """A stream without its first rows; the others keep their numbers."""
-
-    def __init__(self, base: StreamSource, done: int) -> None:
-        total = None if base.total is None else max(0, base.total - done)
-        super().__init__(base.spec, base.classes, total)
-        self._base, self._done = base, done
-
-    def read(self) -> Iterator[tuple[Image.Image, int | None]]:
-        yield from itertools.islice(self._base.read(), self._done, None)
-
-    def rows(self) -> Iterator[tuple[str, Image.Image, int | None]]:
-        yield from itertools.islice(self._base.rows(), self._done, None)
 
 
 def images_identity(spec: Spec, source: ImageSource) -> dict[str, Any]:

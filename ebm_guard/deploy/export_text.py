@@ -35,6 +35,24 @@ _OPERATOR = re.compile(
 # Containers of inputs and outputs; torch imports modules for some others.
 _CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")
 _SPECS = ("in_spec", "out_spec", "treespec")
+# Torch writes names of nodes, parameters and buffers into Python source as they stand.
+_NAME = re.compile(r"-?(?:[A-Za-z_]\w*(?:\.\w+)*)?", re.ASCII)
+# Strings that are arguments are written as literals.
+_STRING = re.compile(r"[ \w,.>-]{0,200}", re.ASCII)
+# Screened by themselves, or read as text alone.
+_OTHERWISE = frozenset(
+    (
+        *_SPECS,
+        "as_operator",
+        "expr_str",
+        "guards_code",
+        "metadata",
+        "operator",
+        "target",
+        "torch_version",
+        "verifiers",
+    )
+)
 # The one operator of aten that opens files.
 _OPENS_FILES = "torch.ops.aten.from_file"
 
@@ -91,10 +109,47 @@ def check_program_text(text: bytes) -> None:
     for word, value in _said(content):
         trouble = _trouble(word, value)
         if trouble:
-            raise ArtifactError(
-                f"the .pt2 file holds {str(value)[:80]!r} {trouble}, which would run as code while "
-                "it is read; nothing of a file is run here. Load files of `ebm-guard export` only"
-            )
+            raise _refused(value, trouble)
+    check_names(content)
+
+
+def check_names(content: Any) -> None:
+    """Refuse names that are no names, which torch would write into source that it runs.
+
+    Args:
+        content: a JSON tree of the archive.
+
+    Raises:
+        ArtifactError: with what was found.
+
+    Example:
+        >>> check_names({"inputs": [{"as_tensor": {"name": "layer.weight"}}]})
+        >>> check_names({"name": "x=print(1)"})
+        Traceback (most recent call last):
+            ...
+        ebm_guard.errors.ArtifactError: the .pt2 file holds 'x=print(1)' as a name, which would...
+    """
+    waiting = [("", content)]
+    while waiting:
+        word, found = waiting.pop()
+        if isinstance(found, dict):
+            for key in found:
+                if not _NAME.fullmatch(key):
+                    raise _refused(key, "as a name")
+            waiting += [(key, each) for key, each in found.items() if key not in _OTHERWISE]
+        elif isinstance(found, list):
+            waiting += [(word, each) for each in found]
+        elif isinstance(found, str):
+            wanted = _STRING if word in ("as_string", "as_strings") else _NAME
+            if not wanted.fullmatch(found):
+                raise _refused(found, "as a name")
+
+
+def _refused(value: Any, trouble: str) -> ArtifactError:
+    return ArtifactError(
+        f"the .pt2 file holds {str(value)[:80]!r} {trouble}, which would run as code while it is "
+        "read; nothing of a file is run here. Load files of `ebm-guard export` only"
+    )
 
 
 def _trouble(word: str, value: Any) -> str:
@@ -121,11 +176,20 @@ def _is_plain_spec(text: Any) -> bool:
         if word == "type":
             plain &= value in _CONTAINERS
         elif word == "context":
-            # JSON in JSON: the keys of a dict.
-            plain &= value is None or (isinstance(value, str) and "{" not in value)
+            plain &= value is None or _are_names(value)
         else:
             plain &= word == "children_spec"
     return plain
+
+
+def _are_names(text: Any) -> bool:
+    """Tell whether JSON in JSON holds the keys of a dict, or nothing."""
+    found = json.loads(text) if isinstance(text, str) and "{" not in text else text
+    names = [found] if isinstance(found, str) else found
+    return names is None or (
+        isinstance(names, list)
+        and all(isinstance(name, str) and _NAME.fullmatch(name) for name in names)
+    )
 
 
 def _said(content: Any) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ebm_guard.deploy.export_text import check_program_text, repacked
+from ebm_guard.deploy.export_text import check_names, check_program_text, repacked
 from ebm_guard.errors import ArtifactError, InvalidInputError, first_line
 from ebm_guard.gate.decision import ACCEPT, INVALID, REJECT
 
@@ -26,6 +27,19 @@ FACTS_FILE = f"{FACTS}.json"
 # Another machine or runtime rounds otherwise; a damaged file gives another thing altogether.
 SELF_TEST = 1e-2
 _EXTERNAL = "session.model_external_initializers_file_folder_path"
+# All that an archive of ours holds. By name and case: torch finds members without regard to case,
+# and unpickles what it finds under other names.
+_PROGRAM, _SAMPLES = "models/model.json", "data/sample_inputs/model.pt"
+_WEIGHTS = "data/weights/model_weights_config.json"
+_CONSTANTS = "data/constants/model_constants_config.json"
+_FACTS_MEMBER = f"extra/{FACTS_FILE}"
+_NEEDED = frozenset((_PROGRAM, _WEIGHTS, _CONSTANTS))
+_MEMBER = re.compile(
+    "|".join(map(re.escape, (*sorted(_NEEDED), _SAMPLES, _FACTS_MEMBER)))
+    + r"|data/weights/weight_\d+|data/constants/tensor_\d+|archive_format|archive_version"
+    + r"|byteorder|version|\.data/(?:version|serialization_id)",
+    re.ASCII,
+)
 _ZIP = b"PK\x03\x04"
 Run = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -187,52 +201,41 @@ def self_test_input(shape: tuple[int, ...], dtype: torch.dtype, *, pixels: bool)
 def check_archive(content: bytes) -> str:
     """Refuse a ``.pt2`` archive with pickled parts, or with text that torch would run as code.
 
-    ``torch.export.load`` unpickles example inputs, and weights and constants that are marked so.
-    Ours have none of these.
+    ``torch.export.load`` unpickles example inputs, members of older layouts, and weights and
+    constants that are marked so. Ours have none of these.
 
     Raises:
         ArtifactError: pickled parts, an older layout, or no facts.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
-        inside = [name.partition("/")[2] for name in names]
-        configs = [n for n in names if n.endswith(("weights_config.json", "constants_config.json"))]
-        layout = {"models", "data", "extra", ".data", "archive_format", "archive_version"}
-        layout |= {"byteorder", "version"}
-        strange = {name.partition("/")[0] for name in inside} - layout
-        if strange or len(set(names)) < len(names) or not configs:
+        inside = {name.partition("/")[2]: name for name in names}
+        roots = {name.partition("/")[0] for name in names}
+        strange = [name for name in inside if not _MEMBER.fullmatch(name)]
+        if strange or len(inside) < len(names) or len(roots) != 1 or _NEEDED - inside.keys():
+            what = f"holds {', '.join(strange[:3])}" if strange else "is of another layout"
             raise ArtifactError(
-                "the .pt2 file is no archive of the current layout, which is the only one that can "
-                "be read without unpickling; export it again with this version of torch"
+                f"the .pt2 file {what}: it is no archive of the current layout, which is the only "
+                "one that can be read without unpickling pickled parts; export it again with "
+                "ebm_guard"
             )
-        marked = any(
-            entry.get("use_pickle", True)
-            for name in configs
-            for entry in json.loads(archive.read(name)).get("config", {}).values()
-        )
-        empty = {info.filename for info in archive.infolist() if not info.file_size}
-        pickled = [
-            name
-            for full, name in zip(names, inside, strict=True)
-            if (name.startswith("data/sample_inputs/") and full not in empty)
-            or name.startswith("data/aotinductor/")
-            or (
-                name.startswith("data/constants/")
-                and not name.rpartition("/")[2].startswith(("tensor_", "model_constants"))
-            )
-        ]
-        if marked or pickled:
-            raise ArtifactError(
-                f"the .pt2 file holds pickled parts ({', '.join(pickled) or 'marked so'}), and "
-                "nothing is unpickled here; export it again with ebm_guard"
-            )
-        for full, name in zip(names, inside, strict=True):
-            if name.startswith("models/"):
-                check_program_text(archive.read(full))
-        facts = [n for n, i in zip(names, inside, strict=True) if i == f"extra/{FACTS_FILE}"]
-        if not facts:
+        if _FACTS_MEMBER not in inside:
             raise ArtifactError("the .pt2 file holds no guard: it has no facts of ebm_guard")
-        return archive.read(facts[0]).decode()
+        samples = inside.get(_SAMPLES)
+        pickled = samples is not None and archive.getinfo(samples).file_size > 0
+        for kind, name in (("weight", _WEIGHTS), ("tensor", _CONSTANTS)):
+            config = json.loads(archive.read(inside[name]))
+            check_names(config)
+            for entry in config.get("config", {}).values():
+                plain = re.fullmatch(rf"{kind}_\d+", str(entry.get("path_name")), re.ASCII)
+                pickled |= entry.get("use_pickle", True) or not plain
+        if pickled:
+            raise ArtifactError(
+                "the .pt2 file holds pickled parts, and nothing is unpickled here; export it again "
+                "with ebm_guard"
+            )
+        check_program_text(archive.read(inside[_PROGRAM]))
+        return archive.read(inside[_FACTS_MEMBER]).decode()
 
 
 def _open_torch(content: bytes) -> tuple[Run, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ebm_guard.data import ImageSource
 from ebm_guard.data.batches import Batch
+from ebm_guard.data.sources import StreamSource
 from ebm_guard.distributed import World
 from ebm_guard.errors import DataError, InvalidInputError
 from ebm_guard.model import EnergyClassifier
@@ -61,6 +62,9 @@ def share_of(source: ImageSource, world: World, batch_size: int) -> ImageSource 
             "behind the shards: wds/#val-{000..003}.tar|4000"
         )
     batches = block_of(-(-source.total // batch_size), world)
+    if isinstance(source, StreamSource) and world.rank == world.size - 1:
+        # To its end, for it may hold more rows than it declares.
+        return source.behind(batches.start * batch_size)
     rows = np.arange(batches.start * batch_size, min(batches.stop * batch_size, source.total))
     return source.subset(rows.astype(np.int64)) if len(rows) else None
 
@@ -106,6 +110,7 @@ def predict_shared(
             # All processes must find the head, or none: in the rows in which one process would.
             first = source.subset(np.arange(min(len(source), _PROBE_BATCHES * batch_size)))
             next(probed(classifier, map(as_batch, batches(first))), None)
+            features = classifier.head is not None
         found = collect(
             classifier,
             () if own is None else batches(own),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -158,8 +159,27 @@ class StreamSource(ImageSource):
         new._chosen = frozenset(kept.tolist())
         return new
 
+    def behind(self, done: int) -> StreamSource:
+        """Return the same stream without its first rows; the others keep their numbers."""
+        return _Behind(self, done)
+
     def without_labels(self) -> StreamSource:
         """Return the same stream without its labels."""
         new = copy.copy(self)
         new.labelled = False
         return new
+
+
+class _Behind(StreamSource):
+    """A stream without its first rows; the others keep their numbers."""
+
+    def __init__(self, base: StreamSource, done: int) -> None:
+        total = None if base.total is None else max(0, base.total - done)
+        super().__init__(base.spec, base.classes, total)
+        self._base, self._done = base, done
+
+    def read(self) -> Iterator[tuple[Image.Image, int | None]]:
+        yield from itertools.islice(self._base.read(), self._done, None)
+
+    def rows(self) -> Iterator[tuple[str, Image.Image, int | None]]:
+        yield from itertools.islice(self._base.rows(), self._done, None)
