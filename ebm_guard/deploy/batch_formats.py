@@ -124,7 +124,7 @@ def row_file(path: Path, name: str, fields: Sequence[str]) -> Iterator[Write]:
         yield lambda rows: file.write(text.encode(rows))
 
 
-def parquet_of_lines(lines: Path, path: Path, fields: Sequence[str], rows: int = 1024) -> None:
+def parquet_of_lines(lines: Path, path: Path, fields: Sequence[str], rows: int = 250) -> None:
     """Turn a file of JSON lines into Parquet, some rows at a time.
 
     Args:

@@ -22,6 +22,7 @@ from ebm_guard.errors import DataError
 
 SCHEMA = "ebm_guard.batch/2"
 _BLOCK = 1 << 20
+_SMALL_BLOCK = 1 << 16
 _SHOWN = 5
 
 
@@ -196,7 +197,7 @@ def size_and_crc(path: Path) -> tuple[int, int]:
     """Return the length and the CRC-32 of a file."""
     size, crc = 0, 0
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
+        while block := file.read(_SMALL_BLOCK):
             size, crc = size + len(block), zlib.crc32(block, crc)
     return size, crc
 
